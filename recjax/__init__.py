@@ -1,0 +1,1 @@
+"""recjax: recommendation models whose tables outgrow the accelerators."""

@@ -1,0 +1,156 @@
+"""Coalesced rows to and from their owners: the tables' only collectives.
+
+A bucket is a (tier, owner) pair: buckets 0..n-1 are the owners' warm rows,
+n..2n-1 their cold rows. A row's address is its position in the order
+(bucket, slot), so that a sorted list of addresses is already bucketed.
+
+An exchange runs in rounds, and every row belongs to one round on all devices:
+each device proposes, a bucket, the first address that does not fit its
+buffer, and the least proposal of all devices ends the round. The owner thus
+sees all gradients of a row in the same round and updates it once. Without an
+overflow there is one round.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from recjax.mesh import AXIS
+from recjax.planner import Plan
+
+NONE = np.int32(2**31 - 1)  # sorts behind every address
+
+
+class Route(NamedTuple):
+  """A local batch's distinct warm and cold rows, and who uses them."""
+
+  addresses: jax.Array  # [L + 1] int32, ascending, then NONE
+  starts: jax.Array  # [2n + 1] int32: where each bucket begins in addresses
+  bucket: jax.Array  # [L] int32 of a lookup; 2n: hot, or no lookup
+  index: jax.Array  # [L] int32: a lookup's row, as a position in addresses
+
+
+class Round(NamedTuple):
+  """The part of each bucket that is exchanged now: [begin, end)."""
+
+  begin: jax.Array  # [2n] int32
+  end: jax.Array  # [2n] int32
+  more: jax.Array  # [] bool, the same on all devices
+
+
+def coalesce(keys):  # [m] int32; NONE = padding
+  """(distinct [m] ascending then NONE, index [m]): keys = distinct[index].
+
+  One sort of `key << 32 | position`: on CPU four times faster than a sort of
+  pairs (jax 0.10), on GPU a radix sort either way.
+  """
+  m = keys.shape[0]
+  with jax.enable_x64(True):
+    wide = keys.astype(jnp.uint64) << np.uint64(32)
+    wide = lax.sort(wide | lax.iota(jnp.uint64, m))
+    order = (wide & np.uint64(0xFFFFFFFF)).astype(jnp.int32)
+    keys = (wide >> np.uint64(32)).astype(jnp.int32)
+  new = jnp.concatenate([jnp.ones(1, bool), keys[1:] != keys[:-1]])
+  rank = jnp.cumsum(new, dtype=jnp.int32) - 1
+  index = jnp.zeros(m, jnp.int32).at[order].set(rank, unique_indices=True)
+  distinct = jnp.full(m, NONE).at[rank].set(keys, indices_are_sorted=True)
+  return distinct, index
+
+
+def _bases(plan: Plan) -> np.ndarray:  # [2n + 1] int32
+  """The first address of each bucket, and the end."""
+  sizes = np.repeat([plan.warm_slots, plan.cold_slots], plan.devices)
+  return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+
+
+def _capacities(plan: Plan) -> np.ndarray:  # [2n] int32
+  c = [plan.capacity_warm, plan.capacity_cold]
+  return np.repeat(c, plan.devices).astype(np.int32)
+
+
+def route(ids, plan: Plan) -> Route:
+  """Coalesces a device's lookups. ids [L] int32 ranks, -1 = no lookup."""
+  n, bases = plan.devices, _bases(plan)
+  cold = ids >= plan.warm_end
+  rank = ids - jnp.where(cold, plan.warm_end, plan.hot)
+  bucket = rank % n + jnp.where(cold, n, 0)
+  bucket = jnp.where(ids < plan.hot, 2 * n, bucket)  # hot, and -1
+  address = jnp.where(
+    ids < plan.hot, NONE, jnp.asarray(bases)[bucket] + rank // n
+  )
+  addresses, index = coalesce(address)
+  addresses = jnp.append(addresses, NONE)
+  starts = jnp.searchsorted(addresses, bases).astype(jnp.int32)
+  return Route(addresses, starts, bucket, index)
+
+
+def one_round(plan: Plan, lookups: int) -> bool:
+  """Whether no batch of `lookups` ids a device can overflow a buffer."""
+  return (
+    plan.capacity_warm >= min(plan.warm_slots, lookups)
+    and plan.capacity_cold >= min(plan.cold_slots, lookups)
+  )
+
+
+def next_round(route: Route, begin, plan: Plan) -> Round:
+  """The round that starts at `begin` [2n] int32 (route.starts[:-1] first)."""
+  last = route.starts[1:]
+  if one_round(plan, route.index.shape[0]):
+    return Round(begin, last, jnp.zeros((), bool))
+  limit = begin + _capacities(plan)
+  past = route.addresses[jnp.minimum(limit, route.addresses.shape[0] - 1)]
+  stop = lax.pmin(jnp.where(limit < last, past, NONE), AXIS)
+  end = jnp.searchsorted(route.addresses, stop).astype(jnp.int32)
+  return Round(begin, jnp.clip(end, begin, last), jnp.any(stop != NONE))
+
+
+def _tiers(plan: Plan):
+  """(buckets of the tier, slots a device, capacity), warm then cold."""
+  n = plan.devices
+  return (
+    (slice(0, n), plan.warm_slots, plan.capacity_warm),
+    (slice(n, 2 * n), plan.cold_slots, plan.capacity_cold),
+  )
+
+
+def all_to_all(x, plan: Plan):  # [n, C, ...] -> the same, a peer's part each
+  if plan.devices == 1:
+    return x
+  return lax.all_to_all(x, AXIS, split_axis=0, concat_axis=0)
+
+
+def request(route: Route, now: Round, plan: Plan):
+  """What the peers ask of this device: (warm, cold) slots [n, C] int32.
+
+  Padding asks for the slot past the end. A tier without rows gives None.
+  """
+  bases = _bases(plan)
+  out = []
+  for buckets, slots, capacity in _tiers(plan):
+    if not slots:
+      out.append(None)
+      continue
+    at = now.begin[buckets, None] + lax.iota(jnp.int32, capacity)[None]
+    there = route.addresses[jnp.minimum(at, route.addresses.shape[0] - 1)]
+    slot = there - jnp.asarray(bases)[buckets, None]
+    slot = jnp.where(at < now.end[buckets, None], slot, slots)
+    out.append(all_to_all(slot, plan))
+  return tuple(out)
+
+
+def positions(route: Route, now: Round, plan: Plan):  # [L] int32
+  """Where each lookup's row lies in the buffer [n C_warm + n C_cold, d].
+
+  A lookup of another round, of a hot row or of nothing gets the end.
+  """
+  n = plan.devices
+  starts = np.concatenate([[0], np.cumsum(_capacities(plan))]).astype(np.int32)
+  past = jnp.zeros(1, jnp.int32)
+  begin = jnp.append(now.begin, past)[route.bucket]
+  end = jnp.append(now.end, past)[route.bucket]
+  at = jnp.asarray(starts)[route.bucket] + route.index - begin
+  inside = (begin <= route.index) & (route.index < end)
+  return jnp.where(inside, at, starts[2 * n])

@@ -1,0 +1,299 @@
+"""Three tiers -> activations [b, A, d]; and back: gradients -> updated rows.
+
+Both run inside `shard_map`, on a device's part of the batch. The lookup is
+linear in the rows, so its transpose is derived from the one definition of
+pooling, and a table is never differentiated through.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from recjax import exchange
+from recjax.exchange import NONE, Route, Round
+from recjax.mesh import AXIS
+from recjax.planner import Plan
+from recjax.specs import Feature
+from recjax.sparse_optim import Optimizer
+from recjax.tables import (
+  DEVICE,
+  HOST,
+  Tables,
+  Tier,
+  first_rank,
+  gather,
+  on_host,
+  row_bits,
+  scatter,
+)
+
+
+class Trip(NamedTuple):
+  """What the lookup leaves for the update of the same batch."""
+
+  ids: jax.Array  # [L] int32
+  coefficients: jax.Array | None  # [b, S] float32
+  route: Route
+  round: Round  # the first
+  requests: tuple  # of the first round
+  rounds: jax.Array  # [] int32
+
+
+# ---- Pooling
+
+
+def coefficients(ids, weights, features: tuple[Feature, ...]):
+  """What each lookup's row is multiplied with; None where all are 1.
+
+  ids [b, S] int32, weights [b, S] float32 or None -> [b, S] float32. A mean
+  divides by the number of lookups, a weighted mean by the sum of weights.
+  """
+  if all(f.pooling != "mean" and not f.weighted for f in features):
+    return None
+  there = (ids >= 0).astype(jnp.float32)
+  out, at = [], 0
+  for f in features:
+    w = there[:, at : at + f.hotness]
+    if f.weighted:
+      w = w * weights[:, at : at + f.hotness]
+    if f.pooling == "mean":
+      total = jnp.sum(w, axis=1, keepdims=True)
+      w = w / jnp.where(total == 0, 1, total)
+    out.append(w)
+    at += f.hotness
+  return jnp.concatenate(out, axis=1)
+
+
+def pool(rows, coefficients, features: tuple[Feature, ...]):
+  """rows [b, S, d], coefficients [b, S] or None -> activations [b, A, d]."""
+  if coefficients is not None:
+    rows = rows * coefficients[..., None]
+  if all(f.activations == f.hotness for f in features):
+    return rows
+  out, at = [], 0
+  for f in features:
+    part = rows[:, at : at + f.hotness]
+    if f.activations != f.hotness:
+      part = jnp.sum(part, axis=1, keepdims=True)
+    out.append(part)
+    at += f.hotness
+  return jnp.concatenate(out, axis=1)
+
+
+# ---- Read
+
+
+def _rows_at(tier: Tier, slots, host: bool):  # [n, C] int32 -> [n, C, d]
+  index = jnp.stack([slots.ravel(), jnp.zeros_like(slots.ravel())], axis=1)
+  if host:
+    index = jax.device_put(index, HOST)
+    rows = on_host(gather, DEVICE)(tier.rows, index)
+  else:
+    rows = gather(tier.rows, index)
+  return rows.reshape(*slots.shape, -1)
+
+
+def read(
+  tables: Tables,
+  ids,  # [b, S] int32 ranks, -1 = none
+  weights,  # [b, S] float32 or None
+  features: tuple[Feature, ...],
+  plan: Plan,
+  exchange_dtype,
+):
+  """Activations [b, A, d] float32, and the trip for `update`."""
+  b, columns = ids.shape
+  flat = ids.reshape(-1)
+  coef = coefficients(ids, weights, features)
+
+  def pooled(rows):  # [L, d]
+    rows = rows.astype(jnp.float32).reshape(b, columns, plan.dim)
+    return pool(rows, coef, features)
+
+  def one_round(now, requests):
+    tiers = ((tables.warm, False), (tables.cold, True))
+    buffers = []
+    for (tier, host), slots in zip(tiers, requests, strict=True):
+      if tier is None:
+        continue
+      rows = _rows_at(tier, slots, host).astype(exchange_dtype)
+      rows = exchange.all_to_all(rows, plan)
+      buffers.append(rows.reshape(-1, plan.dim))
+    rows = jnp.concatenate(buffers) if len(buffers) > 1 else buffers[0]
+    at = exchange.positions(route, now, plan)
+    return rows.at[at].get(mode="fill", fill_value=0)
+
+  with jax.named_scope("route"):
+    route = exchange.route(flat, plan)
+    now = exchange.next_round(route, route.starts[:-1], plan)
+  with jax.named_scope("lookup"):
+    rows, requests = None, (None, None)
+    if plan.hot < plan.rows:
+      requests = exchange.request(route, now, plan)
+      rows = one_round(now, requests).astype(jnp.float32)
+    if plan.hot:
+      at = jnp.where((flat >= 0) & (flat < plan.hot), flat, plan.hot)
+      hot = tables.hot.rows.at[at].get(mode="fill", fill_value=0)
+      hot = hot.astype(jnp.float32)
+      rows = hot if rows is None else rows + hot
+    activations = pooled(rows)
+    rounds = jnp.ones((), jnp.int32)
+    if not exchange.one_round(plan, flat.shape[0]):
+
+      def more(carry):
+        activations, last, rounds = carry
+        now = exchange.next_round(route, last.end, plan)
+        got = one_round(now, exchange.request(route, now, plan))
+        return activations + pooled(got), now, rounds + 1
+
+      activations, _, rounds = lax.while_loop(
+        lambda c: c[1].more, more, (activations, now, rounds)
+      )
+  return activations, Trip(flat, coef, route, now, requests, rounds)
+
+
+# ---- Update
+
+
+def _stochastic_round(x, bits):  # float32, uint32 -> bfloat16
+  """Rounds up with the probability that makes the result unbiased."""
+  raw = lax.bitcast_convert_type(x, jnp.uint32)
+  raw = (raw + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
+  return lax.bitcast_convert_type(raw, jnp.float32).astype(jnp.bfloat16)
+
+
+def _new_rows(old: Tier, grads, bits, step, optimizer: Optimizer) -> Tier:
+  """The optimizer on m touched rows. grads [m, d] float32."""
+  rows, slots = optimizer.update(
+    old.rows.astype(jnp.float32), old.slots, grads, step
+  )
+  if bits is not None:
+    rows = _stochastic_round(rows, bits)
+  return Tier(rows, slots)
+
+
+def _bits(ranks, plan: Plan, step, seed):
+  if plan.dtype == "float32":
+    return None
+  return row_bits(ranks, plan.dim, seed + step.astype(jnp.uint32))
+
+
+def _update_hot(tier: Tier, trip: Trip, grads, plan, optimizer, step, seed):
+  """Dense all-reduce of the replicas' gradients; untouched rows stay."""
+  at = jnp.where(
+    (trip.ids >= 0) & (trip.ids < plan.hot), trip.ids, plan.hot
+  )
+  touched = jnp.zeros((plan.hot, 1)).at[at].add(1.0, mode="drop")
+  total = jnp.zeros((plan.hot, plan.dim)).at[at].add(grads, mode="drop")
+  if plan.devices > 1:
+    total = lax.psum(jnp.concatenate([total, touched], axis=1), AXIS)
+    total, touched = total[:, :-1], total[:, -1:]
+  bits = _bits(lax.iota(jnp.int32, plan.hot), plan, step, seed)
+  new = _new_rows(tier, total, bits, step, optimizer)
+  return jax.tree.map(
+    lambda old, new: jnp.where(
+      touched.reshape(touched.shape[: old.ndim]) > 0
+      if old.ndim == 2
+      else touched[:, 0] > 0,
+      new,
+      old,
+    ),
+    tier,
+    new,
+  )
+
+
+def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
+  """Sums what the peers sent for a row, and updates it once, in place.
+
+  slots [n, C] int32, grads [n, C, d].
+  """
+  host = name == "cold"
+  size = tier.rows.shape[0]
+  slots, grads = slots.reshape(-1), grads.reshape(-1, plan.dim)
+  grads = grads.astype(jnp.float32)
+  if plan.devices > 1:
+    keys = jnp.where(slots < size, slots, NONE)
+    slots, index = exchange.coalesce(keys)
+    grads = jnp.zeros_like(grads).at[index].add(grads)
+  # Scatter wants distinct slots, the dropped ones too.
+  padding = size + lax.iota(jnp.int32, slots.shape[0])
+  slots = jnp.where(slots < size, slots, padding)
+  owner = lax.axis_index(AXIS).astype(jnp.int32)
+  ranks = first_rank(plan, name) + slots * plan.devices + owner
+  bits = _bits(ranks, plan, step, seed)
+  index = jnp.stack([slots, jnp.zeros_like(slots)], axis=1)
+
+  def apply(tier, index, grads, bits, step):
+    old = jax.tree.map(lambda x: gather(x, index), tier)
+    new = _new_rows(old, grads, bits, step, optimizer)
+    return jax.tree.map(lambda x, y: scatter(x, index, y), tier, new)
+
+  operands = (index, grads, bits, step)
+  if host:
+    return on_host(apply)(tier, *jax.device_put(operands, HOST))
+  return apply(tier, *operands)
+
+
+def update(
+  tables: Tables,
+  trip: Trip,
+  gradients,  # [b, A, d] float32, of the activations
+  features: tuple[Feature, ...],
+  plan: Plan,
+  exchange_dtype,
+  optimizer: Optimizer,
+  step,  # [] int32
+  seed,  # [] uint32, for stochastic rounding
+) -> Tables:
+  """Every touched row updated once, with its gradient summed over all uses."""
+  b = gradients.shape[0]
+  like = jax.ShapeDtypeStruct(
+    (b, trip.ids.shape[0] // b, plan.dim), jnp.float32
+  )
+  spread = jax.linear_transpose(
+    lambda rows: pool(rows, trip.coefficients, features), like
+  )
+  (grads,) = spread(gradients)
+  grads = grads.reshape(-1, plan.dim)  # [L, d]
+
+  hot = tables.hot
+  if plan.hot:
+    hot = _update_hot(hot, trip, grads, plan, optimizer, step, seed)
+  if plan.hot == plan.rows:
+    return tables._replace(hot=hot)
+
+  n = plan.devices
+  warm_rows = n * plan.capacity_warm
+  total = warm_rows + n * plan.capacity_cold
+
+  def one_round(tiers, now, requests):
+    at = exchange.positions(trip.route, now, plan)
+    buffer = jnp.zeros((total, plan.dim)).at[at].add(grads, mode="drop")
+    parts = (buffer[:warm_rows], buffer[warm_rows:])
+    out = {}
+    for name, slots, part in zip(("warm", "cold"), requests, parts):
+      tier = tiers[name]
+      if tier is not None:
+        part = part.reshape(n, -1, plan.dim).astype(exchange_dtype)
+        part = exchange.all_to_all(part, plan)
+        tier = _update_sharded(
+          name, tier, slots, part, plan, optimizer, step, seed
+        )
+      out[name] = tier
+    return out
+
+  tiers = {"warm": tables.warm, "cold": tables.cold}
+  tiers = one_round(tiers, trip.round, trip.requests)
+  if not exchange.one_round(plan, trip.ids.shape[0]):
+
+    def more(carry):
+      tiers, last = carry
+      now = exchange.next_round(trip.route, last.end, plan)
+      requests = exchange.request(trip.route, now, plan)
+      return one_round(tiers, now, requests), now
+
+    tiers, _ = lax.while_loop(lambda c: c[1].more, more, (tiers, trip.round))
+  return Tables(hot, tiers["warm"], tiers["cold"])

@@ -1,0 +1,282 @@
+"""The tables: one row space in three tiers, a pytree outside Flax.
+
+A sharded tier of K rows is stored as [ceil(K / n), n, d] with
+PartitionSpec(None, 'data'): flattened it is the rank order, and the cyclic
+ownership is its sharding. It is indexed as it is, never reshaped: a reshape
+around an update would copy the shard.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from recjax.mesh import AXIS
+from recjax.planner import Plan
+from recjax.sparse_optim import Optimizer
+
+try:  # the function form, whose name changed with jax 0.11
+  from jax.experimental.compute_on import compute_on2 as _compute_on
+except ImportError:
+  from jax.experimental.compute_on import compute_on as _compute_on
+
+HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+
+
+class Tier(NamedTuple):
+  """rows [K, d] (hot) or [ceil(K/n), n, d]; slots the same or without d."""
+
+  rows: jax.Array
+  slots: dict[str, jax.Array]
+
+
+class Tables(NamedTuple):
+  """The row space in rank order; a tier without rows is None."""
+
+  hot: Tier | None
+  warm: Tier | None
+  cold: Tier | None
+
+
+def specs(plan: Plan, optimizer: Optimizer) -> Tables:
+  """PartitionSpecs of the tables, as `shard_map` wants them."""
+
+  def tier(present, spec):
+    return Tier(spec, dict.fromkeys(optimizer.slots, spec)) if present else None
+
+  sharded = PartitionSpec(None, AXIS)
+  return Tables(
+    tier(plan.hot, PartitionSpec()),
+    tier(plan.warm, sharded),
+    tier(plan.cold, sharded),
+  )
+
+
+def shardings(plan: Plan, optimizer: Optimizer, mesh: Mesh) -> Tables:
+  """NamedShardings of the tables: the cold tier's are in host memory."""
+  device = mesh.devices.flat[0].default_memory().kind
+  kinds = Tables(device, device, "pinned_host")
+  return Tables(
+    *(
+      jax.tree.map(lambda s, k=kind: NamedSharding(mesh, s, memory_kind=k), t)
+      for kind, t in zip(kinds, specs(plan, optimizer), strict=True)
+    )
+  )
+
+
+def on_host(f: Callable, out_space=HOST) -> Callable:
+  """f, run on the host on operands in host memory, inside a jitted step.
+
+  Every operand, index and constant array must be in host memory already; the
+  result goes to `out_space`.
+  """
+  return _compute_on(
+    f, compute_type="device_host", out_memory_spaces=out_space
+  )
+
+
+def gather(x, index):  # [s, 1, ...], [m, 2] int32 -> [m, ...]
+  """Rows x[slot, 0] of a shard; a slot past the end gives some row."""
+  tail = x.shape[2:]
+  dims = lax.GatherDimensionNumbers(
+    offset_dims=tuple(range(1, 1 + len(tail))),
+    collapsed_slice_dims=(0, 1),
+    start_index_map=(0, 1),
+  )
+  # XLA clamps the index; JAX's own clamp would put constants on the device.
+  mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+  return lax.gather(x, index, dims, (1, 1, *tail), mode=mode)
+
+
+def scatter(x, index, rows):  # [s, 1, ...], [m, 2] int32, [m, ...]
+  """x with x[slot, 0] = row; slots are distinct, those past the end dropped."""
+  dims = lax.ScatterDimensionNumbers(
+    update_window_dims=tuple(range(1, rows.ndim)),
+    inserted_window_dims=(0, 1),
+    scatter_dims_to_operand_dims=(0, 1),
+  )
+  mode = lax.GatherScatterMode.FILL_OR_DROP
+  return lax.scatter(x, index, rows, dims, unique_indices=True, mode=mode)
+
+
+# ---- Random numbers that belong to a row
+
+
+def mix(x):  # uint32 -> uint32, any shape
+  """A bijective finalizer with full avalanche (C. Wellons' lowbias32)."""
+  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def row_bits(ranks, dim: int, key):  # ranks [...] int32 -> [..., d] uint32
+  """Random bits that depend on the key, the row's rank and the column only.
+
+  So the same rows start with, and round to, the same numbers on every mesh
+  and under every plan. `key` is a uint32.
+  """
+  seed = mix(ranks.astype(jnp.uint32) + mix(jnp.asarray(key, jnp.uint32)))
+  column = mix(lax.iota(jnp.uint32, dim) + np.uint32(0x9E3779B9))
+  return mix(seed[..., None] ^ column.reshape((1,) * ranks.ndim + (dim,)))
+
+
+def initial_rows(ranks, dim: int, scale: float, seed):
+  """Uniform in +-scale. ranks [...] int32 -> [..., d] float32."""
+  bits = row_bits(ranks, dim, seed)
+  unit = (bits >> 8).astype(jnp.float32) * np.float32(2.0**-23) - 1.0
+  return unit * scale
+
+
+# ---- Whole tables
+
+
+def init(
+  plan: Plan, optimizer: Optimizer, mesh: Mesh, scale: float, seed: int
+) -> Tables:
+  """Rows uniform in +-scale by (seed, rank, column), slots 0.
+
+  Every shard is computed where it belongs, without a temporary copy.
+  """
+
+  def tier(ranks, seed):
+    slots = {
+      name: jnp.zeros(
+        (*ranks.shape, plan.dim) if wide else ranks.shape, jnp.float32
+      )
+      for name, wide in optimizer.slots.items()
+    }
+    rows = initial_rows(ranks, plan.dim, scale, seed).astype(plan.dtype)
+    return Tier(rows, slots)
+
+  def sharded(first, slots):
+    def make(owner, seed):
+      slot = lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
+      return tier(slot * plan.devices + owner.reshape(1, 1) + first, seed)
+
+    return make
+
+  def make(seed):  # of a device's shard
+    owner = lax.axis_index(AXIS).astype(jnp.int32)
+    hot = warm = cold = None
+    if plan.hot:
+      hot = tier(lax.iota(jnp.int32, plan.hot), seed)
+    if plan.warm:
+      warm = sharded(plan.hot, plan.warm_slots)(owner, seed)
+    if plan.cold:
+      make_cold = on_host(sharded(plan.warm_end, plan.cold_slots))
+      cold = make_cold(*jax.device_put((owner, seed), HOST))
+    return Tables(hot, warm, cold)
+
+  make = jax.shard_map(
+    make,
+    mesh=mesh,
+    in_specs=PartitionSpec(),
+    out_specs=specs(plan, optimizer),
+    check_vma=False,
+  )
+  make = jax.jit(make, out_shardings=shardings(plan, optimizer, mesh))
+  return make(np.uint32(seed))
+
+
+def block_ranks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:
+  """(tier, first slot, slots) of every block, in rank order.
+
+  A block of a sharded tier is `slots` rows of each device, so the ranks of
+  slots [s, s + k) are [first + s n, first + (s + k) n).
+  """
+  n = plan.devices
+  for name, total, width in (
+    ("hot", plan.hot, 1),
+    ("warm", plan.warm_slots, n),
+    ("cold", plan.cold_slots, n),
+  ):
+    step = max(1, block_rows // width)
+    for start in range(0, total, step):
+      yield name, start, min(step, total - start)
+
+
+def first_rank(plan: Plan, tier: str) -> int:
+  return {"hot": 0, "warm": plan.hot, "cold": plan.warm_end}[tier]
+
+
+@functools.lru_cache(maxsize=None)
+def _block_writer(plan: Plan, optimizer_slots, mesh: Mesh, tier: str):
+  """Jitted (tier, block, start) -> tier, in place."""
+  optimizer = Optimizer(dict(optimizer_slots), lambda *_: None)
+  spec = getattr(specs(plan, optimizer), tier)
+  out = getattr(shardings(plan, optimizer, mesh), tier)
+
+  def write(tier_, block, start):
+    def put(x, new, start):
+      return lax.dynamic_update_slice_in_dim(x, new, start, 0)
+
+    if tier != "cold":
+      return jax.tree.map(lambda x, new: put(x, new, start), tier_, block)
+    block, start = jax.device_put((block, start), HOST)
+
+    def put_all(tier_, block, start):
+      # dynamic_update_slice wants every start index in host memory.
+      zero = start - start
+      return jax.tree.map(
+        lambda x, new: lax.dynamic_update_slice(
+          x, new, (start,) + (zero,) * (x.ndim - 1)
+        ),
+        tier_,
+        block,
+      )
+
+    return on_host(put_all)(tier_, block, start)
+
+  write = jax.shard_map(
+    write,
+    mesh=mesh,
+    in_specs=(spec, spec, PartitionSpec()),
+    out_specs=spec,
+    check_vma=False,
+  )
+  return jax.jit(write, donate_argnums=0, out_shardings=out)
+
+
+def fill(
+  tables: Tables,
+  plan: Plan,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  block_rows: int,
+  rows: Callable[[int, int], Tier],
+) -> Tables:
+  """Writes every row, in rank order, a block at a time, in place.
+
+  Args:
+    tables: donated.
+    rows: (first rank, count) -> Tier of numpy arrays [count, ...]; asked for
+      in ascending, adjoining ranges of about `block_rows` ranks (count may
+      reach past the end of the tier: up to n - 1 rows that are ignored).
+  """
+  slots = tuple(sorted(optimizer.slots.items()))
+  place = specs(plan, optimizer)
+  tiers = tables._asdict()
+  for name, start, count in block_ranks(plan, block_rows):
+    first = first_rank(plan, name)
+    n = 1 if name == "hot" else plan.devices
+    block = rows(first + start * n, count * n)
+    if name != "hot":
+      block = jax.tree.map(
+        lambda x, n=n: x.reshape(x.shape[0] // n, n, *x.shape[1:]), block
+      )
+    spec = getattr(place, name)
+    block = jax.tree.map(
+      lambda x, s: jax.make_array_from_callback(
+        x.shape, NamedSharding(mesh, s), lambda i, x=x: x[i]
+      ),
+      block,
+      spec,
+    )
+    write = _block_writer(plan, slots, mesh, name)
+    tiers[name] = write(tiers[name], block, np.int32(start))
+  return Tables(**tiers)

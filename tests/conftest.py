@@ -1,0 +1,6 @@
+"""Eight simulated CPU devices and JAX's strict checks, for every test."""
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
