@@ -2,21 +2,27 @@
 
 A config file's `get_config()` returns a `Config`; the command line overrides
 single fields with `--config.a.b=value`. Slots make a misspelt field of a
-config file an error; `check` makes a wrong type one.
+config file an error, `check_flags` that of a flag, `check` a wrong value.
 """
 
 import dataclasses
 import difflib
+import re
 import typing
-from typing import Literal
 
 from recjax.errors import UserError
 
 dataclass = dataclasses.dataclass(slots=True)
 
 
-def _tree(cls):
+def _tree(cls) -> typing.Any:
   return dataclasses.field(default_factory=cls)
+
+
+def _choice(default: str, *others: str) -> typing.Any:
+  """One of these strings. (ml_collections 1.1 cannot override a Literal.)"""
+  choices = (default, *others)
+  return dataclasses.field(default=default, metadata={"choices": choices})
 
 
 @dataclass
@@ -32,16 +38,16 @@ class Synthetic:
 
 @dataclass
 class Data:
-  format: Literal["criteo", "movielens", "synthetic"] = "criteo"
+  format: str = _choice("criteo", "movielens", "synthetic")
   train: str = ""  # path or glob
   test: str = ""  # path or glob; "" = the last part of train
   test_fraction: float = 0.1
   seed: int = 0  # of a random split and of the synthetic teacher
-  split: Literal["time", "random"] = "time"  # which part is the test part
+  split: str = _choice("time", "random")  # which part is the test part
   min_count: int = 2  # rarer ids share their table's out-of-vocabulary row
   hotness: tuple[int, ...] = ()  # criteo: a feature; () = one lookup each
   max_bad_rows: int = 0  # damaged lines to skip (and report) before stopping
-  pooling: Literal["sum", "mean"] = "sum"  # of multi-hot features
+  pooling: str = _choice("sum", "mean")  # of multi-hot features
   block_samples: int = 8_192  # samples packed in an example
   shuffle_blocks: int = 16  # blocks whose samples are shuffled together
   memory_mb: int = 4_096  # for counting and remapping; the rest spills
@@ -51,28 +57,27 @@ class Data:
 @dataclass
 class Embedding:
   dim: int = 16
-  optimizer: Literal["sgd", "rowwise_adagrad", "adagrad", "adam"] = (
-    "rowwise_adagrad"
-  )
+  optimizer: str = _choice("rowwise_adagrad", "sgd", "adagrad", "adam")
   learning_rate: float = 0.02
-  dtype: Literal["float32", "bfloat16"] = "float32"
+  dtype: str = _choice("float32", "bfloat16")
   init_scale: float = 0.05  # rows start uniform in +-init_scale
-  exchange_dtype: Literal["float32", "bfloat16"] = "float32"
+  exchange_dtype: str = _choice("float32", "bfloat16")
 
 
 @dataclass
 class Model:
-  name: Literal["dlrm", "dcnv2"] = "dlrm"
+  name: str = _choice("dlrm", "dcnv2")
   bottom: tuple[int, ...] = (512, 256, 64)  # hidden widths; then embedding.dim
   top: tuple[int, ...] = (512, 256)  # hidden widths; then 1
   cross_layers: int = 3  # dcnv2
   cross_rank: int = 512  # dcnv2
-  compute_dtype: Literal["float32", "bfloat16"] = "float32"
+  compute_dtype: str = _choice("float32", "bfloat16")
 
 
 @dataclass
 class Mesh:
   devices: int = 0  # 0 = all; on CPU that many simulated devices
+  devices_per_host: int = 8  # to plan for machines that are not there
 
 
 @dataclass
@@ -90,7 +95,7 @@ class Train:
   batch_size: int = 2_048  # global
   epochs: int = 1
   steps: int = 0  # 0 = by epochs
-  optimizer: Literal["sgd", "adagrad", "adam"] = "adagrad"  # dense part
+  optimizer: str = _choice("adagrad", "sgd", "adam")  # dense part
   learning_rate: float = 0.02  # dense part
   warmup_steps: int = 0
   decay_steps: int = 0  # linear, at the end of training; 0 = none
@@ -114,3 +119,119 @@ class Config:
   plan: Plan = _tree(Plan)
   train: Train = _tree(Train)
   checkpoint: Checkpoint = _tree(Checkpoint)
+
+
+def check_flags(argv: list[str]) -> None:
+  """Raises UserError for a `--config.a.b` that names no field."""
+  for arg in argv:
+    found = re.match(r"--?config\.([^=]*)", arg)
+    if not found:
+      continue
+    cls, path = Config, found[1].split(".")
+    for i, name in enumerate(path):
+      fields = _fields(cls)
+      if name not in fields:
+        raise _unknown(".".join(path[:i]), name, fields, arg)
+      cls = fields[name].type
+      if dataclasses.is_dataclass(cls) == (i == len(path) - 1):
+        what = "is a group of fields" if i == len(path) - 1 else "has no fields"
+        raise UserError(f"{arg}: {'.'.join(path[: i + 1])} {what}")
+
+
+def explain(error: AttributeError) -> UserError:
+  """For a field that a config file sets and that does not exist."""
+  cls = type(error.obj)
+  fields = _fields(cls) if dataclasses.is_dataclass(cls) else _fields(Config)
+  return _unknown(cls.__name__.lower(), error.name, fields, "config file")
+
+
+def _fields(cls) -> dict[str, dataclasses.Field]:
+  return {f.name: f for f in dataclasses.fields(cls)}
+
+
+def _unknown(prefix, name, fields, where) -> UserError:
+  near = difflib.get_close_matches(name, fields, 1, 0.5)
+  dot = f"{prefix}." if prefix else ""
+  hint = f"did you mean {dot}{near[0]}?" if near else ""
+  return UserError(
+    f"{where}: there is no field {dot}{name}; {hint or 'the fields are'}"
+    + ("" if near else f" {', '.join(dot + f for f in fields)}")
+  )
+
+
+def check(config, prefix: str = "") -> None:
+  """Raises UserError for a value of the wrong type or out of its choices."""
+  for f in dataclasses.fields(config):
+    path, value = prefix + f.name, getattr(config, f.name)
+    if dataclasses.is_dataclass(f.type):
+      if type(value) is not f.type:
+        raise UserError(f"{path}: {value!r} is not a {f.type.__name__}")
+      check(value, path + ".")
+    elif f.type in (int, float, str):
+      if f.type is float and type(value) is int:
+        setattr(config, f.name, float(value))
+      elif type(value) is not f.type:
+        raise UserError(
+          f"{path}: {value!r} is a {type(value).__name__}, expected "
+          f"{f.type.__name__}"
+        )
+    elif not (isinstance(value, tuple) and all(type(x) is int for x in value)):
+      raise UserError(f"{path}: {value!r} is not a tuple of int")
+    choices = f.metadata.get("choices")
+    if choices and value not in choices:
+      near = difflib.get_close_matches(value, choices, 1)
+      hint = f"; did you mean {near[0]}?" if near else ""
+      raise UserError(
+        f"{path}: {value!r} is not one of {', '.join(choices)}{hint}"
+      )
+  if not prefix:
+    _check_ranges(config)
+
+
+def _check_ranges(c: Config) -> None:
+  def at_least(path, least):
+    value = c
+    for name in path.split("."):
+      value = getattr(value, name)
+    if not value >= least:
+      raise UserError(f"{path}: {value} found, at least {least} expected")
+
+  for path in [
+    "embedding.dim",
+    "train.batch_size",
+    "data.block_samples",
+    "data.shuffle_blocks",
+    "data.min_count",
+    "data.memory_mb",
+    "checkpoint.keep",
+    "train.log_every_steps",
+    "mesh.devices_per_host",
+  ]:
+    at_least(path, 1)
+  for path in [
+    "train.epochs",
+    "train.steps",
+    "train.warmup_steps",
+    "train.decay_steps",
+    "checkpoint.every_steps",
+    "mesh.devices",
+    "plan.device_memory_mb",
+    "plan.capacity",
+    "plan.host_memory_mb",
+    "data.max_bad_rows",
+    "embedding.init_scale",
+    "embedding.learning_rate",
+    "train.learning_rate",
+  ]:
+    at_least(path, 0)
+  for path in ("plan.hot_rows", "plan.warm_rows", "checkpoint.step"):
+    at_least(path, -1)
+  if not 0 < c.plan.overflow_probability < 1:
+    raise UserError(
+      f"plan.overflow_probability: {c.plan.overflow_probability} is not "
+      "between 0 and 1"
+    )
+  if not 0 < c.data.test_fraction < 1:
+    raise UserError(
+      f"data.test_fraction: {c.data.test_fraction} is not between 0 and 1"
+    )

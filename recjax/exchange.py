@@ -89,10 +89,9 @@ def route(ids, plan: Plan) -> Route:
 
 def one_round(plan: Plan, lookups: int) -> bool:
   """Whether no batch of `lookups` ids a device can overflow a buffer."""
-  return (
-    plan.capacity_warm >= min(plan.warm_slots, lookups)
-    and plan.capacity_cold >= min(plan.cold_slots, lookups)
-  )
+  return plan.capacity_warm >= min(
+    plan.warm_slots, lookups
+  ) and plan.capacity_cold >= min(plan.cold_slots, lookups)
 
 
 def next_round(route: Route, begin, plan: Plan) -> Round:

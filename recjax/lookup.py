@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from recjax import exchange
-from recjax.exchange import NONE, Route, Round
+from recjax.exchange import NONE, Round, Route
 from recjax.mesh import AXIS
 from recjax.planner import Plan
-from recjax.specs import Feature
 from recjax.sparse_optim import Optimizer
+from recjax.specs import Feature
 from recjax.tables import (
   DEVICE,
   HOST,
@@ -182,27 +182,21 @@ def _bits(ranks, plan: Plan, step, seed):
 
 def _update_hot(tier: Tier, trip: Trip, grads, plan, optimizer, step, seed):
   """Dense all-reduce of the replicas' gradients; untouched rows stay."""
-  at = jnp.where(
-    (trip.ids >= 0) & (trip.ids < plan.hot), trip.ids, plan.hot
-  )
-  touched = jnp.zeros((plan.hot, 1)).at[at].add(1.0, mode="drop")
-  total = jnp.zeros((plan.hot, plan.dim)).at[at].add(grads, mode="drop")
+  at = jnp.where((trip.ids >= 0) & (trip.ids < plan.hot), trip.ids, plan.hot)
+  # One more column counts the uses, so that one all-reduce carries both.
+  grads = jnp.concatenate([grads, jnp.ones((grads.shape[0], 1))], axis=1)
+  total = jnp.zeros((plan.hot, plan.dim + 1)).at[at].add(grads, mode="drop")
   if plan.devices > 1:
-    total = lax.psum(jnp.concatenate([total, touched], axis=1), AXIS)
-    total, touched = total[:, :-1], total[:, -1:]
+    total = lax.psum(total, AXIS)
+  touched = total[:, -1] > 0
   bits = _bits(lax.iota(jnp.int32, plan.hot), plan, step, seed)
-  new = _new_rows(tier, total, bits, step, optimizer)
-  return jax.tree.map(
-    lambda old, new: jnp.where(
-      touched.reshape(touched.shape[: old.ndim]) > 0
-      if old.ndim == 2
-      else touched[:, 0] > 0,
-      new,
-      old,
-    ),
-    tier,
-    new,
-  )
+  new = _new_rows(tier, total[:, :-1], bits, step, optimizer)
+
+  def keep(new, old):  # [hot] or [hot, d]
+    mask = touched if old.ndim == 1 else touched[:, None]
+    return jnp.where(mask, new, old)
+
+  return jax.tree.map(keep, new, tier)
 
 
 def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
@@ -274,7 +268,9 @@ def update(
     buffer = jnp.zeros((total, plan.dim)).at[at].add(grads, mode="drop")
     parts = (buffer[:warm_rows], buffer[warm_rows:])
     out = {}
-    for name, slots, part in zip(("warm", "cold"), requests, parts):
+    for name, slots, part in zip(
+      ("warm", "cold"), requests, parts, strict=True
+    ):
       tier = tiers[name]
       if tier is not None:
         part = part.reshape(n, -1, plan.dim).astype(exchange_dtype)

@@ -64,12 +64,12 @@ class Plan:
   @property
   def warm_slots(self) -> int:
     """Rows of a device's warm shard."""
-    return -(-self.warm // self.devices)
+    return _slots(self.warm, self.devices)
 
   @property
   def cold_slots(self) -> int:
     """Rows of a device's cold shard, in its host's memory."""
-    return -(-self.cold // self.devices)
+    return _slots(self.cold, self.devices)
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -137,24 +137,25 @@ def plan(
       f"{_mb(hot * row_bytes)} MB of a device, the budget "
       f"(plan.device_memory_mb) is {_mb(device_bytes)} MB; at most {fit} fit"
     )
-  most = min(rows - hot, (fit - hot) * n)
+  most = min(rows - hot, _slots_within(fit - hot) * n)
   warm = most if warm_rows < 0 else min(warm_rows, rows - hot)
   if warm > most:
     raise UserError(
       f"plan.warm_rows: {warm} rows of {row_bytes} bytes over {n} devices take "
-      f"{_mb((hot + -(-warm // n)) * row_bytes)} MB of each with the {hot} hot "
-      f"rows, the budget (plan.device_memory_mb) is {_mb(device_bytes)} MB; "
+      f"{_mb((hot + _slots(warm, n)) * row_bytes)} MB of each with the {hot} "
+      f"hot rows, the budget (plan.device_memory_mb) is {_mb(device_bytes)} MB; "
       f"at most {most} fit"
     )
   cold = rows - hot - warm
-  if cold * row_bytes > hosts * host_bytes:
-    over = cold * row_bytes - hosts * host_bytes
+  cold_bytes = _slots(cold, n) * n * row_bytes
+  if cold_bytes > hosts * host_bytes:
+    over = cold_bytes - hosts * host_bytes
     raise UserError(
       f"plan.host_memory_mb: {cold} cold rows of {row_bytes} bytes take "
-      f"{_mb(cold * row_bytes)} MB, {_mb(over)} MB more than the "
+      f"{_mb(cold_bytes)} MB, {_mb(over)} MB more than the "
       f"{_mb(hosts * host_bytes)} MB of {hosts} host(s). It fits with "
-      f"plan.host_memory_mb={_mb(-(-cold * row_bytes // hosts))}, or with "
-      f"plan.device_memory_mb={_mb(device_bytes + -(-over // n))} and "
+      f"plan.host_memory_mb={_mb(-(-cold_bytes // hosts))}, or with "
+      f"plan.device_memory_mb={_mb((device_bytes + over / n) * 1.02)} and "
       "plan.warm_rows=-1, or on more devices"
     )
 
@@ -173,7 +174,8 @@ def plan(
       capacities.append(c)
     elif name != "hot":
       capacities.append(0)
-    held = {"hot": hot, "warm": -(-warm // n), "cold": cold}[name]
+    held = {"hot": hot, "warm": _slots(warm, n), "cold": _slots(cold, n) * n}
+    held = held[name]
     reports.append(
       TierReport(
         rows=stop - start,
@@ -196,6 +198,23 @@ def plan(
     capacity_cold=capacities[1],
     reports=tuple(reports),
   )
+
+
+def _slots(rows: int, devices: int) -> int:
+  """A device's part of a tier, padded by less than 1/128.
+
+  The padded size has a large power of two as a factor, so that a checkpoint
+  can store a shard in equal chunks.
+  """
+  slots = -(-rows // devices)
+  unit = 1 << max(0, slots.bit_length() - 8)
+  return -(-slots // unit) * unit
+
+
+def _slots_within(room: int) -> int:
+  """The largest padded size that is at most `room`."""
+  unit = 1 << max(0, room.bit_length() - 8)
+  return room // unit * unit
 
 
 def _mb(size: int) -> int:

@@ -7,23 +7,24 @@ around an update would copy the shard.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import compute_on as compute_on_lib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recjax.mesh import AXIS
 from recjax.planner import Plan
 from recjax.sparse_optim import Optimizer
 
-try:  # the function form, whose name changed with jax 0.11
-  from jax.experimental.compute_on import compute_on2 as _compute_on
-except ImportError:
-  from jax.experimental.compute_on import compute_on as _compute_on
+# The function form, which took over the name after jax 0.10.
+_compute_on: Callable = getattr(
+  compute_on_lib, "compute_on2", compute_on_lib.compute_on
+)
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
@@ -75,9 +76,7 @@ def on_host(f: Callable, out_space=HOST) -> Callable:
   Every operand, index and constant array must be in host memory already; the
   result goes to `out_space`.
   """
-  return _compute_on(
-    f, compute_type="device_host", out_memory_spaces=out_space
-  )
+  return _compute_on(f, compute_type="device_host", out_memory_spaces=out_space)
 
 
 def gather(x, index):  # [s, 1, ...], [m, 2] int32 -> [m, ...]
@@ -183,28 +182,33 @@ def init(
   return make(np.uint32(seed))
 
 
-def block_ranks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:
-  """(tier, first slot, slots) of every block, in rank order.
+def _blocks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:
+  """(tier, first slot, slots) of every block with rows, in rank order.
 
-  A block of a sharded tier is `slots` rows of each device, so the ranks of
-  slots [s, s + k) are [first + s n, first + (s + k) n).
+  A block of a sharded tier is `slots` rows of each device, so slots
+  [s, s + k) are the tier's ranks [s n, (s + k) n).
   """
   n = plan.devices
-  for name, total, width in (
+  for name, count, width in (
     ("hot", plan.hot, 1),
-    ("warm", plan.warm_slots, n),
-    ("cold", plan.cold_slots, n),
+    ("warm", plan.warm, n),
+    ("cold", plan.cold, n),
   ):
+    total = -(-count // width)
     step = max(1, block_rows // width)
     for start in range(0, total, step):
       yield name, start, min(step, total - start)
+
+
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+  return np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
 def first_rank(plan: Plan, tier: str) -> int:
   return {"hot": 0, "warm": plan.hot, "cold": plan.warm_end}[tier]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _block_writer(plan: Plan, optimizer_slots, mesh: Mesh, tier: str):
   """Jitted (tier, block, start) -> tier, in place."""
   optimizer = Optimizer(dict(optimizer_slots), lambda *_: None)
@@ -254,20 +258,24 @@ def fill(
 
   Args:
     tables: donated.
-    rows: (first rank, count) -> Tier of numpy arrays [count, ...]; asked for
-      in ascending, adjoining ranges of about `block_rows` ranks (count may
-      reach past the end of the tier: up to n - 1 rows that are ignored).
+    rows: (first, stop) -> Tier of numpy arrays, ranks [first, stop); asked
+      for in ascending, adjoining ranges of about `block_rows` that cover all.
   """
   slots = tuple(sorted(optimizer.slots.items()))
   place = specs(plan, optimizer)
   tiers = tables._asdict()
-  for name, start, count in block_ranks(plan, block_rows):
-    first = first_rank(plan, name)
+  for name, start, count in _blocks(plan, block_rows):
     n = 1 if name == "hot" else plan.devices
-    block = rows(first + start * n, count * n)
+    tier_first = first_rank(plan, name)
+    first = min(tier_first + start * n, plan.rows)
+    stop = min(first + count * n, tier_first + getattr(plan, name))
+    block = rows(first, stop)
     if name != "hot":
       block = jax.tree.map(
-        lambda x, n=n: x.reshape(x.shape[0] // n, n, *x.shape[1:]), block
+        lambda x, n=n, count=count: _padded(x, count * n).reshape(
+          count, n, *x.shape[1:]
+        ),
+        block,
       )
     spec = getattr(place, name)
     block = jax.tree.map(

@@ -9,7 +9,9 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from recjax import lookup, mesh as mesh_lib, tables as tables_lib
+from recjax import lookup
+from recjax import mesh as mesh_lib
+from recjax import tables as tables_lib
 from recjax.mesh import AXIS
 from recjax.planner import Plan
 from recjax.sparse_optim import Optimizer
@@ -120,7 +122,7 @@ def make_train_step(model: Model, mesh: Mesh):
 
 
 def make_forward(model: Model, mesh: Mesh):
-  """(state, batch) -> logits [B] on every device, jitted."""
+  """(state, batch) -> (logits, labels, mask), [B] on every device, jitted."""
 
   def forward(state: TrainState, batch):
     activations, _ = lookup.read(
@@ -132,7 +134,8 @@ def make_forward(model: Model, mesh: Mesh):
       model.exchange_dtype,
     )
     logits = model.apply(state.params, batch["dense"], activations)
-    return lax.all_gather(logits, AXIS, tiled=True)
+    scored = logits, batch["label"], batch["mask"]
+    return lax.all_gather(scored, AXIS, tiled=True)
 
   sharded = jax.shard_map(
     forward,

@@ -1,0 +1,358 @@
+"""Checkpoints: asynchronous, atomic, restored onto any mesh and any plan.
+
+A step's folder holds three Orbax items: `dense` (params, optimizer state),
+`tables` (each tier as the mesh holds it: flattened, rank order) and `meta`
+(what the run was: plan, model, vocabulary, data position, checksums). Tables
+are restored by streaming blocks of ranks from the stored tiers into the new
+ones, so that restoring needs the new tables and a block of `_BLOCK_BYTES`
+(or the stored hot tier, where that is larger), never a second table.
+"""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from recjax import tables as tables_lib
+from recjax.errors import UserError
+from recjax.mesh import AXIS, replicated
+from recjax.planner import Plan
+from recjax.tables import DEVICE, HOST, Tables, Tier
+from recjax.train_step import Model, TrainState
+
+_BLOCK_BYTES = 64 << 20  # rows streamed at a time while restoring
+_CHUNK_BYTES = 8 << 20  # of a stored shard; a block reads whole chunks
+
+
+# ---- Checksums
+
+
+def _words(x):  # any shape, 2- or 4-byte dtype -> the same shape, uint32
+  kind = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
+  return lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+
+
+def _sum_of_words(x: np.ndarray) -> int:
+  """The wrapping sum of an array's bits: any one damaged word changes it."""
+  words = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+  return int(words.sum(dtype=np.uint64)) & 0xFFFFFFFF
+
+
+def make_checksums(model: Model, mesh: Mesh):
+  """Jitted Tables -> {'rows': uint32, slot: uint32}, over all R ranks."""
+  plan = model.plan
+  specs = tables_lib.specs(plan, model.sparse_optimizer)
+
+  def tier_sum(tier: Tier, valid):  # valid [K] bool
+    def one(x):
+      words = _words(x)
+      mask = valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim))
+      return jnp.sum(jnp.where(mask, words, words - words), dtype=jnp.uint32)
+
+    return {
+      "rows": one(tier.rows),
+      **{k: one(v) for k, v in tier.slots.items()},
+    }
+
+  def checksums(tables: Tables):
+    owner = lax.axis_index(AXIS).astype(jnp.int32)
+    n, total = plan.devices, {}
+    for name, count, slots in (
+      ("warm", plan.warm, plan.warm_slots),
+      ("cold", plan.cold, plan.cold_slots),
+    ):
+      tier = getattr(tables, name)
+      if tier is None:
+        continue
+      rank = lax.broadcasted_iota(jnp.int32, (slots, 1), 0) * n + owner
+      valid = rank < count
+      if name == "cold":
+        sums = tables_lib.on_host(tier_sum, DEVICE)(
+          tier, jax.device_put(valid, HOST)
+        )
+      else:
+        sums = tier_sum(tier, valid)
+      total = {k: total.get(k, jnp.uint32(0)) + v for k, v in sums.items()}
+    total = lax.psum(total, AXIS)
+    if tables.hot is not None:
+      sums = tier_sum(tables.hot, jnp.ones(plan.hot, bool))
+      total = {k: total.get(k, jnp.uint32(0)) + v for k, v in sums.items()}
+    return total
+
+  sharded = jax.shard_map(
+    checksums,
+    mesh=mesh,
+    in_specs=(specs,),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )
+  return jax.jit(sharded, out_shardings=replicated(mesh))
+
+
+# ---- Save
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What a checkpoint must share with the run that restores it."""
+
+  model: dict  # JSON: everything that shapes the parameters and the rows
+  vocabulary: str  # fingerprint
+  rows: int
+
+
+def manager(
+  directory: pathlib.Path, keep: int = 2, read_only: bool = False
+) -> ocp.CheckpointManager:
+  """Orbax's manager of `directory`; saves are asynchronous and atomic."""
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=None if read_only else keep,
+    read_only=read_only,
+    create=not read_only,
+    step_prefix=None,
+  )
+  return ocp.CheckpointManager(
+    directory.absolute(),
+    options=options,
+    item_names=("dense", "tables", "meta"),
+  )
+
+
+def _tree(tables: Tables) -> dict:
+  """Tables as nested dicts, absent tiers left out."""
+  return {
+    name: {"rows": tier.rows, **tier.slots}
+    for name, tier in tables._asdict().items()
+    if tier is not None
+  }
+
+
+def save(
+  to: ocp.CheckpointManager,
+  step: int,
+  state: TrainState,
+  plan: Plan,
+  identity: Identity,
+  position: dict,
+  seed: int,
+  checksums: dict,
+) -> None:
+  """Starts to save; returns when the state may be donated again.
+
+  Orbax copies the state to host memory first: while a save is under way the
+  host holds one more copy of the device and host tiers.
+
+  Args:
+    position: where the data iterator stands, JSON-able.
+    checksums: of `make_checksums`.
+  """
+  tree = _tree(state.tables)
+  chunks = jax.tree.map(
+    lambda x: ocp.SaveArgs(
+      chunk_byte_size=_CHUNK_BYTES if x.ndim > 1 and x.shape[1] else None
+    ),
+    tree,
+  )
+  if "hot" in tree:  # of any length: stored in one piece
+    chunks["hot"] = jax.tree.map(lambda _: ocp.SaveArgs(), tree["hot"])
+  meta = {
+    "plan": plan.to_json(),
+    "identity": dataclasses.asdict(identity),
+    "position": position,
+    "seed": seed,
+    "checksums": {k: int(v) for k, v in checksums.items()},
+  }
+  dense = {"params": state.params, "opt_state": state.opt_state}
+  to.save(
+    step,
+    args=ocp.args.Composite(
+      dense=ocp.args.StandardSave(dense),
+      tables=ocp.args.PyTreeSave(tree, save_args=chunks),
+      meta=ocp.args.JsonSave(meta),
+    ),
+  )
+
+
+# ---- Restore
+
+
+def newest(directory: pathlib.Path) -> int | None:
+  """The newest finished step in `directory`; None where there is none."""
+  if not directory.is_dir():
+    return None
+  with manager(directory, read_only=True) as m:
+    return m.latest_step()
+
+
+def read_meta(directory: pathlib.Path, step: int) -> dict:
+  """The `meta` item of a step.
+
+  Raises:
+    UserError: there is no such step, or it is damaged.
+  """
+  with manager(directory, read_only=True) as m:
+    steps = sorted(m.all_steps())
+    if step not in steps:
+      raise UserError(
+        f"checkpoint.step: there is no checkpoint {step} in {directory}; "
+        f"there are {steps}"
+      )
+    try:
+      restored = m.restore(
+        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+      )
+      meta = restored["meta"]
+      Plan.from_json(meta["plan"])
+      return meta
+    except Exception as e:
+      raise _damaged(directory, step, e) from e
+
+
+def _damaged(directory, step, what) -> UserError:
+  text = str(what).strip().splitlines() or [type(what).__name__]
+  return UserError(
+    f"checkpoint {step} in {directory} is damaged: {text[0][:300]}. Delete "
+    f"{directory / str(step)} to go on from the one before, or choose one "
+    "with --config.checkpoint.step"
+  )
+
+
+def check_identity(directory, step, meta: dict, want: Identity) -> None:
+  """Raises UserError where the checkpoint is of something else."""
+  got = Identity(**meta["identity"])
+  for field, value in want.model.items():
+    if got.model.get(field) != value:
+      raise UserError(
+        f"checkpoint {step} in {directory} is of another model: {field} is "
+        f"{got.model.get(field)!r} there and {value!r} in this config; "
+        "restore it with the config it was trained with, or use another "
+        "--workdir"
+      )
+  if got.vocabulary != want.vocabulary:
+    raise UserError(
+      f"checkpoint {step} in {directory} was trained with another vocabulary "
+      f"({got.vocabulary[:12]}, {got.rows} rows; this data set has "
+      f"{want.vocabulary[:12]}, {want.rows} rows): its rows mean other ids. "
+      "Prepare the data that it was trained on, or use another --workdir"
+    )
+
+
+class _Stored:
+  """The stored tiers as one row space in rank order, read in ranges."""
+
+  def __init__(self, path: pathlib.Path, plan: Plan, names: list[str]):
+    self._plan = plan
+    self._sums = dict.fromkeys(names, 0)
+    self._arrays = {
+      (tier, name): ts.open(
+        {
+          "driver": "zarr",
+          "kvstore": {
+            "driver": "ocdbt",
+            "base": f"file://{path}/",
+            "path": f"{tier}.{name}/",
+          },
+        },
+        read=True,
+        open=True,
+      ).result()
+      for tier, count in (
+        ("hot", plan.hot),
+        ("warm", plan.warm),
+        ("cold", plan.cold),
+      )
+      if count
+      for name in names
+    }
+
+  def read(self, name: str, first: int, stop: int) -> np.ndarray:
+    """Ranks [first, stop) of the rows or of a slot."""
+    p, parts = self._plan, []
+    ends = {"hot": p.hot, "warm": p.warm_end, "cold": p.rows}
+    for tier, end in ends.items():
+      start = tables_lib.first_rank(p, tier)
+      a, b = max(first, start) - start, min(stop, end) - start
+      if a >= b:
+        continue
+      x = self._arrays[tier, name]
+      if tier == "hot":
+        part = x[a:b].read().result()
+      else:
+        n = p.devices
+        slots = x[a // n : -(-b // n)].read().result()
+        part = slots.reshape(-1, *slots.shape[2:])
+        part = part[a - a // n * n :][: b - a]
+      parts.append(part)
+    rows = np.concatenate(parts)
+    self._sums[name] += _sum_of_words(rows)
+    return rows
+
+  def sums(self) -> dict:
+    return {k: v & 0xFFFFFFFF for k, v in self._sums.items()}
+
+
+def restore(
+  directory: pathlib.Path,
+  step: int,
+  meta: dict,
+  state: TrainState,
+  model: Model,
+  mesh: Mesh,
+) -> TrainState:
+  """The state at `step`, placed as `state` is; `state` is donated.
+
+  Args:
+    state: an initial state on the mesh and plan to restore onto.
+
+  Raises:
+    UserError: the checkpoint is damaged.
+  """
+  stored_plan = Plan.from_json(meta["plan"])
+  stored_plan = Plan.from_json(meta["plan"])
+  names = ["rows", *model.sparse_optimizer.slots]
+  row_bytes = sum(
+    np.dtype(np.float32).itemsize * (model.plan.dim if wide else 1)
+    for wide in (True, *model.sparse_optimizer.slots.values())
+  )
+  try:
+    with manager(directory, read_only=True) as m:
+      like = {"params": state.params, "opt_state": state.opt_state}
+      like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        like,
+      )
+      dense = m.restore(
+        step,
+        args=ocp.args.Composite(dense=ocp.args.StandardRestore(like)),
+      )["dense"]
+    path = directory.absolute() / str(step) / "tables"
+    stored = _Stored(path, stored_plan, names)
+
+    def rows(first, stop):
+      read = functools.partial(stored.read, first=first, stop=stop)
+      return Tier(read("rows"), {k: read(k) for k in names[1:]})
+
+    tables = tables_lib.fill(
+      state.tables,
+      model.plan,
+      model.sparse_optimizer,
+      mesh,
+      max(1, _BLOCK_BYTES // row_bytes),
+      rows,
+    )
+    sums = stored.sums()
+    if sums != meta["checksums"]:
+      raise ValueError(
+        f"the rows' checksums are {sums}, not {meta['checksums']}"
+      )
+  except Exception as e:
+    raise _damaged(directory, step, e) from e
+  count = jax.device_put(np.int32(step), replicated(mesh))
+  return TrainState(count, dense["params"], dense["opt_state"], tables)

@@ -1,0 +1,222 @@
+"""Streaming metrics of click prediction, on the host, and their log.
+
+No JAX: evaluation adds a batch's logits at a time, and memory stays bounded.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import tensorboardX
+
+_MAX_DISTINCT = 1 << 23
+
+
+class Metrics:
+  """AUC, log loss, normalized entropy and calibration of logits in a stream.
+
+  The AUC is exact, ties counted one half, until more than `max_distinct`
+  different (logit, label) pairs were seen. From then on the lowest bits of
+  the float32 logits are dropped, one more whenever the limit is passed again,
+  and `auc_error` of the result bounds what that changed. At the default limit
+  that is under 1e-6 for logits as models give them, and it takes some 300 MB.
+  """
+
+  def __init__(self, max_distinct: int = _MAX_DISTINCT):
+    self._max_distinct = max_distinct
+    self._bits_dropped = 0
+    # Distinct (key << 1 | label), sorted; and how often each was seen.
+    self._keys = np.zeros(0, np.int64)
+    self._counts = np.zeros(0, np.int64)
+    self._new = []  # keys not merged yet
+    self._new_count = 0
+    self._log_loss = 0.0  # sums over samples
+    self._predictions = 0.0
+
+  def add(
+    self,
+    logits,  # [k] float32
+    labels,  # [k], 0 or 1
+    mask=None,  # [k] bool; False = padding
+  ) -> None:
+    """Adds samples.
+
+    Raises:
+      ValueError: a logit that is not finite, or a label that is not 0 or 1.
+    """
+    logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
+    if mask is not None:
+      mask = np.asarray(mask, bool)
+      logits, labels = logits[mask], labels[mask]
+    if not np.isfinite(logits).all():
+      bad = logits[~np.isfinite(logits)]
+      raise ValueError(
+        f"{len(bad)} of {len(logits)} logits are not finite; first: {bad[0]}"
+      )
+    if not np.isin(labels, (0, 1)).all():
+      bad = labels[~np.isin(labels, (0, 1))]
+      raise ValueError(f"labels must be 0 or 1, found {bad[0]}")
+    x = logits.astype(np.float64)
+    softplus = np.logaddexp(0, x)
+    self._log_loss += float(np.sum(softplus - labels * x))
+    self._predictions += float(np.sum(np.exp(x - softplus)))
+    key = _ordered_bits(logits) >> self._bits_dropped
+    self._new.append(key << 1 | labels.astype(np.int64))
+    self._new_count += len(logits)
+    if self._new_count > max(1 << 20, len(self._keys)):
+      self._merge_new()
+
+  def merge(self, other: "Metrics") -> "Metrics":
+    """The metrics of both streams, as one `add` of all would give them."""
+    self._merge_new()
+    other._merge_new()
+    out = Metrics(min(self._max_distinct, other._max_distinct))
+    out._bits_dropped = max(self._bits_dropped, other._bits_dropped)
+    parts = [
+      _drop_bits(m._keys, m._counts, out._bits_dropped - m._bits_dropped)
+      for m in (self, other)
+    ]
+    out._keys, out._counts = _sum_by_key(
+      *(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    )
+    out._limit()
+    out._log_loss = self._log_loss + other._log_loss
+    out._predictions = self._predictions + other._predictions
+    return out
+
+  def result(self) -> dict[str, float]:
+    """The metrics so far.
+
+    Returns:
+      loss, log_loss: mean of -log p(label), in nats.
+      auc: the probability that a positive's logit is above a negative's; nan
+        where only one class was seen.
+      auc_error: the exact AUC of the stream is within +- this of `auc`.
+      normalized_entropy: log loss over the entropy of the base rate (He et
+        al., ADKDD 2014); nan where only one class was seen.
+      calibration: sum of predictions over sum of labels; nan without clicks.
+      samples: how many were added. With none, all others are nan.
+    """
+    self._merge_new()
+    label = self._keys & 1
+    logit, at = np.unique(self._keys >> 1, return_inverse=True)
+    positive, negative = np.zeros((2, len(logit)), np.int64)
+    np.add.at(positive, at, self._counts * label)
+    np.add.at(negative, at, self._counts * (1 - label))
+    below = np.cumsum(negative) - negative
+    clicks, rest = int(positive.sum()), int(negative.sum())
+    samples, pairs = clicks + rest, clicks * rest
+    # Twice the pairs in order, so that ties (one half each) stay integers.
+    in_order = int(np.sum(positive * (2 * below + negative)))
+    tied = int(np.sum(positive * negative)) if self._bits_dropped else 0
+    log_loss = _ratio(self._log_loss, samples)
+    entropy = -sum(
+      count / samples * math.log(count / samples)
+      for count in (clicks, rest)
+      if count
+    )
+    return {
+      "loss": log_loss,
+      "auc": _ratio(in_order, 2 * pairs),
+      "auc_error": _ratio(tied, 2 * pairs),
+      "log_loss": log_loss,
+      "normalized_entropy": _ratio(log_loss, entropy),
+      "calibration": _ratio(self._predictions, clicks),
+      "samples": samples,
+    }
+
+  def _merge_new(self):
+    keys = np.concatenate([self._keys, *self._new])
+    ones = np.ones(self._new_count, np.int64)
+    counts = np.concatenate([self._counts, ones])
+    self._keys, self._counts = _sum_by_key(keys, counts)
+    self._new, self._new_count = [], 0
+    self._limit()
+
+  def _limit(self):
+    while len(self._keys) > self._max_distinct:
+      self._bits_dropped += 1
+      self._keys, self._counts = _drop_bits(self._keys, self._counts, 1)
+
+
+class MetricsWriter:
+  """Appends to `metrics.jsonl` and TensorBoard event files of a workdir.
+
+  Each line of `metrics.jsonl` is one JSON object: `step`, `split`, then the
+  values; one that is not finite is null. Lines are flushed as they are
+  written. For one process only.
+
+  Args:
+    workdir: an existing folder.
+    step: training goes on after this step: lines of later steps, and a line
+      that an earlier run was killed in, are dropped.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, step: int = 0):
+    path = Path(workdir) / "metrics.jsonl"
+    if path.exists():
+      kept = [s for s in path.read_bytes().splitlines(True) if _keep(s, step)]
+      part = path.with_name(path.name + ".part")
+      with part.open("wb") as f:
+        f.writelines(kept)
+        f.flush()
+        os.fsync(f.fileno())
+      part.replace(path)
+    self._file = path.open("a", encoding="utf-8")
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=step + 1 if step else None, flush_secs=30
+    )
+
+  def write(self, step: int, split: str, values: dict[str, float]) -> None:
+    """Writes a line; `split` is 'train' or 'test'."""
+    values = {k: _number(v) for k, v in values.items()}
+    line = {"step": int(step), "split": split, **values}
+    self._file.write(json.dumps(line, allow_nan=False) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      if value is not None:
+        self._events.add_scalar(f"{split}/{name}", value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._events.close()
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.close()
+
+
+def _ordered_bits(logits):  # [k] float32 -> [k] int64, in the same order
+  bits = (logits + np.float32(0)).view(np.int32).astype(np.int64)  # -0 == 0
+  return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _drop_bits(keys, counts, bits):
+  return _sum_by_key(keys >> 1 + bits << 1 | keys & 1, counts)
+
+
+def _sum_by_key(keys, counts):
+  order = np.argsort(keys, kind="stable")
+  keys, counts = keys[order], counts[order]
+  first = np.flatnonzero(np.diff(keys, prepend=keys[:1] - 1))
+  return keys[first], np.add.reduceat(counts, first)
+
+
+def _ratio(a, b):
+  return a / b if b else math.nan
+
+
+def _keep(line, step):
+  try:
+    return line.endswith(b"\n") and json.loads(line)["step"] <= step
+  except (ValueError, KeyError, TypeError):
+    return False
+
+
+def _number(value):
+  value = value.item() if hasattr(value, "item") else value
+  return value if math.isfinite(value) else None

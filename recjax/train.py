@@ -1,0 +1,368 @@
+"""The job: prepare, plan, train with checkpoints, evaluate; read downward."""
+
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from recjax import (
+  batches,
+  checkpoint,
+  evaluate,
+  frequency,
+  metrics,
+  models,
+  planner,
+  sparse_optim,
+  tables,
+  topology,
+  train_step,
+)
+from recjax import (
+  mesh as mesh_lib,
+)
+from recjax import prepare as prepare_lib
+from recjax.config import Config
+from recjax.errors import UserError
+from recjax.planner import Plan
+from recjax.prepare import Prepared
+from recjax.train_step import Model, TrainState
+
+Report = Callable[[str], None]
+
+
+def prepare(config: Config, workdir: pathlib.Path, report: Report) -> Prepared:
+  """Logs -> prepared data set, vocabulary and profile, in workdir/data."""
+  prepared = prepare_lib.prepare(config, str(workdir / "data"), report)
+  report(frequency.describe(prepared.profile))
+  return prepared
+
+
+def plan(
+  config: Config, prepared: Prepared, workdir: pathlib.Path, report: Report
+) -> Plan:
+  """Profile and budgets -> plan.json. For any number of devices."""
+  devices = config.mesh.devices or jax.device_count()
+  here = devices <= jax.device_count()
+  hosts = jax.process_count()
+  if not here:
+    hosts = -(-devices // config.mesh.devices_per_host)
+  local = jax.local_devices()[0]
+  limit = None
+  if local.platform != "cpu":
+    limit = (local.memory_stats() or {}).get("bytes_limit")
+  device_bytes, host_bytes = topology.memory_budgets(
+    config.plan.device_memory_mb,
+    config.plan.host_memory_mb,
+    -(-devices // hosts),
+    limit,
+  )
+  result = planner.plan(
+    prepared.profile,
+    devices=devices,
+    hosts=hosts,
+    batch_size=config.train.batch_size,
+    lookups=prepared.schema.columns,
+    dim=config.embedding.dim,
+    dtype=config.embedding.dtype,
+    slot_bytes=sparse_optim.slot_bytes(
+      config.embedding.optimizer, config.embedding.dim
+    ),
+    device_bytes=device_bytes,
+    host_bytes=host_bytes,
+    hot_rows=config.plan.hot_rows,
+    warm_rows=config.plan.warm_rows,
+    capacity=config.plan.capacity,
+    overflow_probability=config.plan.overflow_probability,
+  )
+  workdir.mkdir(parents=True, exist_ok=True)
+  part = workdir / "plan.json.part"
+  part.write_text(result.to_json())
+  part.rename(workdir / "plan.json")
+  report(planner.describe(result))
+  return result
+
+
+# ---- Model and state
+
+
+def _dense_optimizer(
+  config: Config, steps: int
+) -> optax.GradientTransformation:
+  c = config.train
+  rate = optax.constant_schedule(c.learning_rate)
+  pieces, bounds = [rate], []
+  if c.warmup_steps:
+    pieces.insert(
+      0, optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)
+    )
+    bounds.append(c.warmup_steps)
+  if c.decay_steps:
+    pieces.append(optax.linear_schedule(c.learning_rate, 0.0, c.decay_steps))
+    bounds.append(max(steps - c.decay_steps, c.warmup_steps))
+  schedule = optax.join_schedules(pieces, bounds)
+  return {
+    "sgd": lambda: optax.sgd(schedule),
+    "adagrad": lambda: optax.adagrad(
+      schedule, initial_accumulator_value=0.0, eps=1e-8
+    ),
+    "adam": lambda: optax.adam(schedule),
+  }[c.optimizer]()
+
+
+def _build(config, prepared, plan_, mesh, steps) -> tuple[Model, TrainState]:
+  """The static model and a fresh state, placed as the plan says."""
+  schema, e = prepared.schema, config.embedding
+  activations = sum(f.activations for f in schema.features)
+  params, apply = models.build(
+    config.model, len(schema.dense), activations, e.dim, config.seed
+  )
+  model = Model(
+    apply=apply,
+    features=schema.features,
+    dense_optimizer=_dense_optimizer(config, steps),
+    sparse_optimizer=sparse_optim.OPTIMIZERS[e.optimizer](e.learning_rate),
+    plan=plan_,
+    exchange_dtype=jnp.dtype(e.exchange_dtype),
+    seed=config.seed,
+  )
+  dense = (params, model.dense_optimizer.init(params), np.int32(0))
+  params, opt_state, step = jax.device_put(dense, mesh_lib.replicated(mesh))
+  rows = tables.init(
+    plan_, model.sparse_optimizer, mesh, e.init_scale, config.seed
+  )
+  return model, TrainState(step, params, opt_state, rows)
+
+
+def _identity(config: Config, prepared: Prepared) -> checkpoint.Identity:
+  m, e = config.model, config.embedding
+  model = {
+    "model.name": m.name,
+    "model.bottom": list(m.bottom),
+    "model.top": list(m.top),
+    "embedding.dim": e.dim,
+    "embedding.dtype": e.dtype,
+    "embedding.optimizer": e.optimizer,
+    "train.optimizer": config.train.optimizer,
+    "features": [f.name for f in prepared.schema.features],
+  }
+  if m.name == "dcnv2":
+    model |= {
+      "model.cross_layers": m.cross_layers,
+      "model.cross_rank": m.cross_rank,
+    }
+  return checkpoint.Identity(model, prepared.vocabulary, prepared.profile.rows)
+
+
+def _restore(config, prepared, directory, step, state, model, mesh, report):
+  meta = checkpoint.read_meta(directory, step)
+  checkpoint.check_identity(directory, step, meta, _identity(config, prepared))
+  report(f"restoring step {step} of {directory}")
+  state = checkpoint.restore(directory, step, meta, state, model, mesh)
+  return state, meta
+
+
+# ---- Evaluate
+
+
+def _evaluate(config, prepared, model, state, mesh, report) -> dict:
+  local = config.train.batch_size // jax.process_count()
+  test = batches.dataset(
+    prepared,
+    "test",
+    local,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  forward = train_step.make_forward(model, mesh)
+  return evaluate.run(
+    state, forward, test, mesh, report, prepared.samples["test"]
+  )
+
+
+def _summary(step: int, result: dict, prepared: Prepared) -> str:
+  lines = [f"test metrics at step {step}:"]
+  lines += [f"  {name} {value:.6f}" for name, value in result.items()]
+  if prepared.teacher:
+    lines.append(
+      f"the teacher that drew the labels: auc {prepared.teacher['auc']:.6f}, "
+      f"log_loss {prepared.teacher['log_loss']:.6f}"
+    )
+  return "\n".join(lines)
+
+
+def evaluate_checkpoint(
+  config: Config, workdir: pathlib.Path, report: Report
+) -> dict:
+  """Restores a checkpoint onto this mesh and plan; the test split's metrics."""
+  mesh = mesh_lib.make_mesh(config.mesh.devices)
+  prepared = prepare(config, workdir, report)
+  plan_ = plan(config, prepared, workdir, report)
+  directory = workdir / "checkpoints"
+  step = config.checkpoint.step
+  if step < 0:
+    step = checkpoint.newest(directory)
+    if step is None:
+      raise UserError(
+        f"--workdir: {directory} holds no checkpoint to evaluate; train first"
+      )
+  model, state = _build(config, prepared, plan_, mesh, steps=0)
+  state, _ = _restore(
+    config, prepared, directory, step, state, model, mesh, report
+  )
+  result = _evaluate(config, prepared, model, state, mesh, report)
+  report(_summary(step, result, prepared))
+  return result
+
+
+# ---- Train
+
+
+def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
+  """Does what is not done yet; returns the test split's metrics.
+
+  Raises:
+    UserError: bad config, data, budgets or checkpoint; the loss is not finite.
+  """
+  # ---- Mesh, data, plan
+  mesh = mesh_lib.make_mesh(config.mesh.devices)
+  prepared = prepare(config, workdir, report)
+  plan_ = plan(config, prepared, workdir, report)
+  processes = jax.process_count()
+  local = config.train.batch_size // processes
+  per_epoch = batches.steps_per_epoch(prepared, "train", local, processes)
+  steps = config.train.steps or per_epoch * config.train.epochs
+  epochs = -(-steps // per_epoch)
+
+  # ---- Model, state, checkpoint
+  model, state = _build(config, prepared, plan_, mesh, steps)
+  identity = _identity(config, prepared)
+  directory = workdir / "checkpoints"
+  data = batches.dataset(
+    prepared,
+    "train",
+    local,
+    seed=config.seed,
+    epochs=epochs,
+    shuffle_blocks=config.data.shuffle_blocks,
+    process_index=jax.process_index(),
+    process_count=processes,
+  )
+  first = checkpoint.newest(directory) or 0
+  if first:
+    state, meta = _restore(
+      config, prepared, directory, first, state, model, mesh, report
+    )
+    data.set_state(meta["position"])
+  prepare_lib.copy_vocabulary(prepared, str(directory))
+
+  # ---- Step
+  step_fn = train_step.make_train_step(model, mesh)
+  checksums = checkpoint.make_checksums(model, mesh)
+
+  # ---- Loop
+  with (
+    checkpoint.manager(directory, config.checkpoint.keep) as saver,
+    metrics.MetricsWriter(workdir, first) as writer,
+  ):
+
+    def save(step):
+      checkpoint.save(
+        saver,
+        step,
+        state,
+        plan_,
+        identity,
+        data.get_state(),
+        config.seed,
+        jax.device_get(checksums(state.tables)),
+      )
+
+    log = _Log(config, steps, first, writer, report, saver, directory)
+    for step in range(first + 1, steps + 1):
+      batch = next(data)
+      batch.pop("mask")
+      state, out = step_fn(state, evaluate.to_devices(batch, mesh))
+      log.add(step, out)
+      every = config.checkpoint.every_steps
+      if step == steps or (every and step % every == 0):
+        log.flush()  # a state whose loss is not finite is never saved
+        save(step)
+    saver.wait_until_finished()
+
+    # ---- Evaluate
+    step = max(steps, first)
+    result = _evaluate(config, prepared, model, state, mesh, report)
+    writer.write(step, "test", result)
+  report(_summary(step, result, prepared))
+  return result
+
+
+class _Log:
+  """Fetches a step's metrics after the next step was dispatched."""
+
+  def __init__(self, config, steps, first, writer, report, saver, directory):
+    self._every = config.train.log_every_steps
+    self._batch_size, self._steps = config.train.batch_size, steps
+    self._writer, self._report = writer, report
+    self._saver, self._directory = saver, directory
+    self._pending: tuple | None = None
+    self._window: list[dict] = []
+    self._since, self._at = time.monotonic(), first
+
+  def add(self, step: int, out: dict) -> None:
+    self.flush()
+    self._pending = step, out
+
+  def flush(self) -> None:
+    if self._pending is None:
+      return
+    (step, out), self._pending = self._pending, None
+    out = {k: float(v) for k, v in jax.device_get(out).items()}
+    if not np.isfinite(out["loss"]):
+      self._saver.wait_until_finished()
+      last = self._saver.latest_step()
+      kept = f"checkpoint {last} in {self._directory}" if last else "nothing"
+      raise UserError(
+        f"the loss is {out['loss']} at step {step}; {kept} is kept as it was. "
+        "Lower train.learning_rate or embedding.learning_rate, or look at the "
+        "data of that step"
+      )
+    self._window.append(out)
+    if step % self._every == 0 or step == self._steps:
+      self._write(step)
+
+  def _write(self, step: int) -> None:
+    now = time.monotonic()
+    seconds = max(now - self._since, 1e-9)
+    rate = (step - self._at) / seconds
+    mean = {
+      k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]
+    }
+    mean["rounds"] = max(w["rounds"] for w in self._window)
+    mean["samples_per_second"] = rate * self._batch_size
+    self._writer.write(step, "train", mean)
+    self._report(
+      f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "
+      f"{mean['samples_per_second']:,.0f} samples/s, "
+      f"rounds {mean['rounds']:.0f}, "
+      f"distinct rows {mean['distinct_rows']:,.0f}, "
+      f"{(self._steps - step) / rate:.0f} s left"
+    )
+    self._window, self._since, self._at = [], now, step
+
+
+def prepare_and_plan(config, workdir, report) -> Plan:
+  return plan(config, prepare(config, workdir, report), workdir, report)
+
+
+MODES = {
+  "train": train,
+  "prepare": prepare,
+  "plan": prepare_and_plan,
+  "evaluate": evaluate_checkpoint,
+}

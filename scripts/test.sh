@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# All the set-up, then the tests; arguments go to pytest.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "test"
+exec .venv/bin/python -m pytest "$@"
