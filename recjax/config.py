@@ -140,9 +140,15 @@ def check_flags(argv: list[str]) -> None:
 
 def explain(error: AttributeError) -> UserError:
   """For a field that a config file sets and that does not exist."""
-  cls = type(error.obj)
-  fields = _fields(cls) if dataclasses.is_dataclass(cls) else _fields(Config)
-  return _unknown(cls.__name__.lower(), error.name, fields, "config file")
+  # Setting a slot that is not there leaves error.name and error.obj empty.
+  found = re.match(r"'(\w+)' object has no attribute '(\w+)'", str(error))
+  cls = globals().get(found[1]) if found else None
+  if not found or not dataclasses.is_dataclass(cls):
+    return UserError(f"config file: {error}")
+  prefix = {Config: "", Synthetic: "data.synthetic"}.get(
+    cls, cls.__name__.lower()
+  )
+  return _unknown(prefix, found[2], _fields(cls), "config file")
 
 
 def _fields(cls) -> dict[str, dataclasses.Field]:

@@ -25,7 +25,8 @@ class Metrics:
   """
 
   def __init__(self, max_distinct: int = _MAX_DISTINCT):
-    self._max_distinct = max_distinct
+    # Two signs and two labels always remain.
+    self._max_distinct = max(max_distinct, 4)
     self._bits_dropped = 0
     # Distinct (key << 1 | label), sorted; and how often each was seen.
     self._keys = np.zeros(0, np.int64)

@@ -4,7 +4,7 @@ Flax NNX defines them; outside this file a model is a plain dict of float32
 arrays and a pure function. Tables are no part of it.
 """
 
-import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -131,8 +131,7 @@ class Mlp(nnx.Module):
   def __init__(self, widths, rngs):
     self.width = widths[-1]
     self.layers = _layers(
-      Linear(n_in, n_out, rngs)
-      for n_in, n_out in zip(widths, widths[1:], strict=False)
+      Linear(n_in, n_out, rngs) for n_in, n_out in itertools.pairwise(widths)
     )
 
   def __call__(self, x):  # [b, widths[0]] -> [b, widths[-1]]
@@ -212,6 +211,5 @@ def _interaction_backward(
 dot_interaction.defvjp(_interaction_forward, _interaction_backward)
 
 
-@functools.partial(jax.named_call, name="columns")
 def _columns(x, index):
   return x.at[:, index.astype(np.int32)].get(mode="promise_in_bounds")

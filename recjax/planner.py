@@ -5,6 +5,7 @@ all-reduce, warm rows fill the devices' budget, hottest first, the rest is
 cold, and buffers are sized from the distribution of distinct rows.
 """
 
+import bisect
 import dataclasses
 import json
 
@@ -128,16 +129,18 @@ def plan(
   fit = device_bytes // row_bytes  # rows a device
 
   if hot_rows < 0:
-    hot = min(_replicas(profile, n, local), fit)
+    replicas = _replicas(profile, n, local)
+    asked = _slots(min(max(warm_rows, 0), rows), n)
+    hot = min(replicas, max(fit - asked, 0))
   else:
-    hot = min(hot_rows, rows)
+    replicas = hot = min(hot_rows, rows)
   if hot > fit:
     raise UserError(
       f"plan.hot_rows: {hot} replicated rows of {row_bytes} bytes take "
       f"{_mb(hot * row_bytes)} MB of a device, the budget "
       f"(plan.device_memory_mb) is {_mb(device_bytes)} MB; at most {fit} fit"
     )
-  most = min(rows - hot, _slots_within(fit - hot) * n)
+  most = _most_warm(rows, hot, fit, n)
   warm = most if warm_rows < 0 else min(warm_rows, rows - hot)
   if warm > most:
     raise UserError(
@@ -149,14 +152,22 @@ def plan(
   cold = rows - hot - warm
   cold_bytes = _slots(cold, n) * n * row_bytes
   if cold_bytes > hosts * host_bytes:
-    over = cold_bytes - hosts * host_bytes
+
+    def fits(device_mb):  # with warm_rows = -1
+      fit = (device_mb << 20) // row_bytes
+      hot = min(replicas, fit)
+      cold = rows - hot - _most_warm(rows, hot, fit, n)
+      return _slots(cold, n) * n * row_bytes <= hosts * host_bytes
+
+    larger = range(_mb(device_bytes), _mb(rows * row_bytes * 2) + 1)
+    enough = larger[bisect.bisect_left(larger, True, key=fits)]
     raise UserError(
       f"plan.host_memory_mb: {cold} cold rows of {row_bytes} bytes take "
-      f"{_mb(cold_bytes)} MB, {_mb(over)} MB more than the "
-      f"{_mb(hosts * host_bytes)} MB of {hosts} host(s). It fits with "
+      f"{_mb(cold_bytes)} MB, {_mb(cold_bytes - hosts * host_bytes)} MB more "
+      f"than the {_mb(hosts * host_bytes)} MB of {hosts} host(s). It fits with "
       f"plan.host_memory_mb={_mb(-(-cold_bytes // hosts))}, or with "
-      f"plan.device_memory_mb={_mb((device_bytes + over / n) * 1.02)} and "
-      "plan.warm_rows=-1, or on more devices"
+      f"plan.device_memory_mb={enough} and plan.warm_rows=-1, or on more "
+      "devices"
     )
 
   cuts = ((0, hot), (hot, hot + warm), (hot + warm, rows))
@@ -168,9 +179,10 @@ def plan(
     c = 0
     if name != "hot" and stop > start:
       # Cyclic in rank: no owner has more than its n-th part and one row.
-      c = cost.capacity(distinct / n + top, overflow_probability / buffers)
+      c = capacity or cost.capacity(
+        distinct / n + top, overflow_probability / buffers
+      )
       c = min(c, -(-(stop - start) // n), local * lookups)
-      c = min(capacity, c) if capacity else c
       capacities.append(c)
     elif name != "hot":
       capacities.append(0)
@@ -217,6 +229,11 @@ def _slots_within(room: int) -> int:
   return room // unit * unit
 
 
+def _most_warm(rows: int, hot: int, fit: int, devices: int) -> int:
+  """Rows that may be warm where `fit` rows fit a device and `hot` are hot."""
+  return min(rows - hot, _slots_within(fit - hot) * devices)
+
+
 def _mb(size: int) -> int:
   return -(-int(size) >> 20)
 
@@ -230,7 +247,7 @@ def _replicas(profile: Profile, n: int, local: int) -> int:
     return 0
   # pi(b) >= touch <=> count >= samples (1 - (1 - touch)^(1/b)); descending.
   least = profile.samples * -np.expm1(np.log1p(-_HOT_TOUCH) / local)
-  return int(np.searchsorted(-profile.counts, -least, side="right"))
+  return bisect.bisect_right(profile.counts, -least, key=lambda c: -c)
 
 
 def _distinct(profile: Profile, start: int, stop: int, local: int):

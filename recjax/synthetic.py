@@ -87,10 +87,10 @@ def plant(data: Data) -> Teacher:
     return draw * scale / (1 + rank / 10)
 
   effects = tuple(shrunk(n, 0.25) for n in rows)
-  factors = {t: shrunk(rows[t], 0.5, _RANK) for p in _PAIRS for t in p}
+  factors = {t: shrunk(rows[t], 0.4, _RANK) for p in _PAIRS for t in p}
   return Teacher(
     rows,
-    rng.standard_normal(_DENSE) * 0.35,
+    rng.standard_normal(_DENSE) * 0.42,
     np.where(rng.random(_DENSE + len(rows)) < 0.4, 0.15, 0.0),
     rng.uniform(0.7, 1.6, _DENSE),
     effects,
@@ -106,8 +106,9 @@ def sample(teacher: Teacher, data: Data, rng, n: int):
   latent = rng.standard_normal((n, _DENSE), np.float32)
   integers = np.floor(np.exp(1.5 + latent * teacher.scale)).astype(np.int64)
   integers[rng.random((n, _DENSE)) < teacher.missing[:_DENSE]] = -1
+  # A missing integer acts as 0, as formats.py makes it: nothing is hidden.
   x = (np.log(np.maximum(integers, 0) + 2.0) - 1.9) / teacher.scale
-  logit = np.where(integers < 0, 0.0, x) @ teacher.dense
+  logit = x @ teacher.dense
 
   hotness = data.synthetic.hotness or (1,) * len(teacher.rows)
   ranks = []
@@ -122,7 +123,7 @@ def sample(teacher: Teacher, data: Data, rng, n: int):
       pooled[t] = teacher.factors[t][rank].mean(axis=1)
   for s, t in _PAIRS:
     logit += np.einsum("nr,nr->n", pooled[s], pooled[t])
-  return logit * data.synthetic.signal - 1.7, integers, ranks
+  return logit * data.synthetic.signal - 1.8, integers, ranks
 
 
 def power_law(rng, shape, rows: int, exponent: float) -> np.ndarray:

@@ -1,0 +1,36 @@
+"""Budgets: what the user says, else parts of the machine that fit it."""
+
+import os
+
+import pytest
+
+from recjax import topology
+
+RAM = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+GB = 1 << 30
+
+
+@pytest.mark.parametrize("limit", [None, 80 * GB])
+def test_given_budgets_are_kept(limit):
+  got = topology.memory_budgets(3, 5, 8, limit)
+  assert got == (3 << 20, 5 << 20)
+
+
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_simulated_devices_and_the_host_share_the_memory(devices):
+  device, host = topology.memory_budgets(0, 0, devices)
+  assert device > 0
+  assert host > 0
+  assert 0.4 * RAM < devices * device + host < 0.9 * RAM
+
+
+def test_an_accelerators_memory_is_its_own():
+  device, host = topology.memory_budgets(0, 0, 8, 80 * GB)
+  assert 40 * GB < device < 80 * GB
+  assert 0.4 * RAM < host < 0.9 * RAM
+
+
+def test_each_budget_is_read_alone():
+  device, host = topology.memory_budgets(0, 0, 2)
+  assert topology.memory_budgets(7, 0, 2) == (7 << 20, host)
+  assert topology.memory_budgets(0, 7, 2) == (device, 7 << 20)

@@ -1,0 +1,228 @@
+"""The whole job as a user runs it: resumed, killed, fed with bad input."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from recjax import config as config_lib
+from recjax import train
+from recjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def small_config(tmp_path) -> config_lib.Config:
+  """A run of seconds with all three tiers in use."""
+  c = config_lib.Config()
+  c.data.format = "synthetic"
+  c.data.synthetic.samples = 20_000
+  c.data.synthetic.rows = 5_000
+  c.data.block_samples = 1_024
+  c.data.min_count = 1
+  c.embedding.dim = 4
+  c.model.bottom = (8,)
+  c.model.top = (8,)
+  c.mesh.devices = 8
+  c.plan.hot_rows = 100
+  c.plan.warm_rows = 2_000
+  c.train.batch_size = 256
+  c.train.log_every_steps = 10
+  c.checkpoint.every_steps = 20
+  return c
+
+
+def quiet(line):
+  del line
+
+
+def lines(workdir, split):
+  with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
+    found = [json.loads(line) for line in f]
+  return [line for line in found if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+  """(config, workdir, final metrics, all that was printed) of one run."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = small_config(workdir)
+  printed = []
+  result = train.train(config, workdir, printed.append)
+  return config, workdir, result, printed
+
+
+def test_a_run_leaves_what_it_should(trained):
+  config, workdir, result, printed = trained
+  steps = 18_000 // 256
+  last = lines(workdir, "test")[-1]
+  assert last["step"] == steps
+  for name in ("loss", "auc", "log_loss", "normalized_entropy", "calibration"):
+    assert last[name] == result[name]
+    assert np.isfinite(result[name])
+  assert result["auc"] > 0.65
+  first, *_, end = lines(workdir, "train")
+  assert first["step"] == 10 and end["step"] == steps
+  assert end["loss"] < first["loss"]
+  assert end["rounds"] >= 1 and end["distinct_rows"] > 0
+  assert end["samples_per_second"] > 0
+  assert f"auc {result['auc']:.6f}" in printed[-1]
+  assert "teacher" in printed[-1]
+  assert list(workdir.glob("events.out.tfevents*")) or list(
+    workdir.glob("**/events.out.tfevents*")
+  )
+  assert (workdir / "plan.json").exists()
+  assert (workdir / "checkpoints" / "vocabulary.parquet").exists()
+  kept = [p.name for p in (workdir / "checkpoints").iterdir() if p.is_dir()]
+  assert sorted(kept) == ["60", str(steps)]
+
+
+def test_run_again_it_only_evaluates(trained):
+  config, workdir, result, _ = trained
+  before = lines(workdir, "train")
+  assert train.train(config, workdir, quiet) == result
+  assert lines(workdir, "train") == before
+
+
+def test_evaluates_on_one_device_with_every_row_cold(trained):
+  config, workdir, result, _ = trained
+  config = small_config(workdir)
+  config.mesh.devices = 1
+  config.plan.hot_rows = config.plan.warm_rows = 0
+  got = train.evaluate_checkpoint(config, workdir, quiet)
+  for name in result:
+    np.testing.assert_allclose(got[name], result[name], atol=1e-6)
+
+
+def test_evaluates_an_older_checkpoint(trained):
+  config, workdir, result, _ = trained
+  config = small_config(workdir)
+  config.checkpoint.step = 60
+  got = train.evaluate_checkpoint(config, workdir, quiet)
+  assert got["auc"] != result["auc"]
+  config.checkpoint.step = 61
+  with pytest.raises(UserError, match=r"checkpoint\.step: .*61.*\[60, "):
+    train.evaluate_checkpoint(config, workdir, quiet)
+
+
+# ---- Killed and resumed
+
+FLAGS = (
+  "--config=configs/quickstart.py",
+  "--config.data.synthetic.samples=30000",
+  "--config.data.synthetic.rows=5000",
+  "--config.data.block_samples=1024",
+  "--config.embedding.dim=4",
+  "--config.model.bottom=8,8",
+  "--config.model.top=8,8",
+  "--config.plan.hot_rows=100",
+  "--config.plan.warm_rows=2000",
+  "--config.train.batch_size=256",
+  "--config.train.log_every_steps=5",
+  "--config.checkpoint.every_steps=10",
+)
+MOMENTS = (  # the beginning of a line, and seconds after it
+  ("synthetic: ", 0.1),
+  ("prepare: stage", 0.05),
+  ("prepare: pack", 0.05),
+  ("plan: ", 2.0),
+  ("step ", 0.3),
+  ("step ", 1.0),
+)
+
+
+def start(workdir):
+  return subprocess.Popen(
+    [sys.executable, "main.py", *FLAGS, f"--workdir={workdir}"],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+  )
+
+
+def test_killed_ten_times_it_ends_with_the_same_metrics(tmp_path):
+  rng = random.Random(7)
+  killed = 0
+  for i in range(10):
+    begins, most = MOMENTS[i % len(MOMENTS)]
+    process = start(tmp_path / "killed")
+    assert process.stdout is not None
+    # A line that does not come any more (its work is done) is not waited for:
+    # any later one will do.
+    order = [m[0] for m in MOMENTS]
+    after = set(order[order.index(begins) :])
+    for line in process.stdout:
+      if any(line.startswith(x) for x in after):
+        break
+    time.sleep(rng.uniform(0, most))
+    if process.poll() is None:
+      killed += 1
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  assert killed >= 8
+
+  for name in ("killed", "whole"):
+    process = start(tmp_path / name)
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+  got = lines(tmp_path / "killed", "test")[-1]
+  assert got == lines(tmp_path / "whole", "test")[-1]
+  # Of the resumed run's training log, each step is there once.
+  steps = [line["step"] for line in lines(tmp_path / "killed", "train")]
+  assert steps == sorted(set(steps))
+
+
+# ---- Bad input, at the level of the job
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+  config = small_config(tmp_path)
+  config.train.steps = 20
+  train.train(config, tmp_path, quiet)
+  config.train.steps = 60
+  config.train.optimizer = "adagrad"
+  config.embedding.learning_rate = 1e30
+  config.train.learning_rate = 1e30
+  with pytest.raises(UserError, match=r"the loss is .* at step 2\d; checkp.* 20"):
+    train.train(config, tmp_path, quiet)
+  kept = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
+  assert kept == ["20"]
+  config = small_config(tmp_path)
+  config.train.steps = 30  # goes on from there
+  assert np.isfinite(train.train(config, tmp_path, quiet)["loss"])
+
+
+def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
+  _, workdir, _, _ = trained
+
+  def check(pattern, **changes):
+    config = small_config(workdir)
+    for path, value in changes.items():
+      group, field = path.split("__")
+      setattr(getattr(config, group), field, value)
+    before = sorted(p for p in workdir.rglob("*") if "checkpoints" in str(p))
+    with pytest.raises(UserError, match=pattern):
+      train.train(config, workdir, quiet)
+    after = sorted(p for p in workdir.rglob("*") if "checkpoints" in str(p))
+    assert before == after
+
+  check(r"mesh\.devices: 99 asked for, but JAX finds 8", mesh__devices=99)
+  check(r"train\.batch_size: 257 .* 8 devices; .* 256", train__batch_size=257)
+  check(
+    r"plan\.host_memory_mb: .* MB more than",
+    plan__host_memory_mb=1,
+    plan__warm_rows=0,
+    embedding__dim=256,
+  )
+  check(r"another model: model\.top", model__top=(16,))
+  check(r"another model: embedding\.dim is 4 there and 8", embedding__dim=8)
+  check(r"data\.min_count", data__min_count=3)
