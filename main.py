@@ -26,13 +26,13 @@ def parse(argv):
   try:
     config_lib.check_flags(argv)
     rest = flags.FLAGS(argv)
-    if _CONFIG.value is None:
-      raise UserError("--config: missing; try --config configs/quickstart.py")
     config_lib.check(_CONFIG.value)
     return rest
   except AttributeError as e:
     _fail(config_lib.explain(e))
-  except (UserError, flags.Error, OSError) as e:
+  except OSError as e:  # of the config file; the last line says which
+    _fail(f"--config: {str(e).strip().splitlines()[-1].strip()}")
+  except (UserError, flags.Error) as e:
     _fail(e)
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import grain
 import numpy as np
-import tensorflow_datasets as tfds
 
 from recjax import prepare
+from recjax.blocks import Blocks
 from recjax.errors import UserError
 from recjax.prepare import Prepared
 
@@ -112,30 +112,6 @@ def dataset(
   return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
-class Blocks:
-  """The blocks of a split, read at random; and their sizes."""
-
-  def __init__(self, prepared: Prepared, split: str):
-    directory = os.path.join(prepared.directory, prepare.BLOCKS)
-    try:
-      builder = tfds.builder_from_directory(directory)
-      self.source = builder.as_data_source(split)
-      blocks = len(self.source)
-    except Exception as e:
-      raise UserError(
-        f"{directory} is damaged ({type(e).__name__}: {e}): delete"
-        f" {prepared.directory} and prepare again"
-      ) from e
-    block, samples = prepared.settings["data.block_samples"], prepared.samples
-    self.sizes = np.full(blocks, block, np.int64)
-    self.sizes[-1] = samples[split] - block * (blocks - 1)
-
-  def __getitem__(self, indices) -> dict[str, np.ndarray]:
-    """The blocks of these indices, one after the other."""
-    blocks = self.source.__getitems__([int(i) for i in indices])
-    return {a: np.concatenate([b[a] for b in blocks]) for a in blocks[0]}
-
-
 class Batches:
   """Random access to the batches of a run: Grain's source protocol."""
 
@@ -152,8 +128,13 @@ class Batches:
     length: int,
     window_blocks: int,
   ):
-    self.blocks = Blocks(prepared, split)
     self.samples = prepared.samples[split]
+    self.blocks = Blocks(
+      os.path.join(prepared.directory, prepare.BLOCKS),
+      split,
+      self.samples,
+      prepared.settings["data.block_samples"],
+    )
     self.batch_size, self.steps, self.length = batch_size, steps, length
     self.process = process_index, process_count
     self.seed, self.window_blocks = seed, max(1, window_blocks)

@@ -46,6 +46,7 @@ class Data:
   split: str = _choice("time", "random")  # which part is the test part
   min_count: int = 2  # rarer ids share their table's out-of-vocabulary row
   hotness: tuple[int, ...] = ()  # criteo: a feature; () = one lookup each
+  weighted: bool = False  # criteo: an id may end in :weight
   max_bad_rows: int = 0  # damaged lines to skip (and report) before stopping
   pooling: str = _choice("sum", "mean")  # of multi-hot features
   block_samples: int = 8_192  # samples packed in an example
@@ -167,7 +168,16 @@ def _unknown(prefix, name, fields, where) -> UserError:
 
 def check(config, prefix: str = "") -> None:
   """Raises UserError for a value of the wrong type or out of its choices."""
-  for f in dataclasses.fields(config):
+  if config is None:
+    raise UserError("--config: missing; try --config configs/quickstart.py")
+  try:
+    fields = dataclasses.fields(config)
+  except TypeError:
+    raise UserError(
+      f"--config: get_config() returns a {type(config).__name__}, not a "
+      "recjax.config.Config"
+    ) from None
+  for f in fields:
     path, value = prefix + f.name, getattr(config, f.name)
     if dataclasses.is_dataclass(f.type):
       if type(value) is not f.type:

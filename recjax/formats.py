@@ -86,15 +86,11 @@ class BadRows:
 
 
 def schema(data: Data) -> Schema:
-  """The inputs that a sample of this format has.
+  """The inputs of a Criteo-format sample.
 
   Raises:
     UserError: the hotnesses do not fit the features.
   """
-  if data.format == "movielens":
-    one_hot = ("user", "movie", "gender", "age", "occupation", "zip")
-    genres = Feature("genres", "genres", 6, data.pooling)
-    return Schema((), (*(Feature(n, n) for n in one_hot), genres))
   synthetic = data.format == "synthetic"
   field = "data.synthetic.hotness" if synthetic else "data.hotness"
   hotness = data.synthetic.hotness if synthetic else data.hotness
@@ -107,7 +103,7 @@ def schema(data: Data) -> Schema:
   return Schema(
     DENSE,
     tuple(
-      Feature(n, n, h, data.pooling if h > 1 else "sum")
+      Feature(n, n, h, data.pooling if h > 1 else "sum", data.weighted)
       for n, h in zip(CATEGORIES, hotness, strict=True)
     ),
   )
@@ -225,6 +221,18 @@ def _parse(block: bytes, columns: Columns):
   return columns.convert(table.unify_dictionaries().combine_chunks())
 
 
+def parse(path: str, columns: Columns, bad: BadRows) -> Iterator[tuple]:
+  """(columns.convert of the next lines, bytes of the file read so far).
+
+  Raises:
+    UserError: the file cannot be read; more damaged lines than `bad` allows.
+  """
+  for first, block, read in _blocks(path):
+    found = _parse_or_skip(path, first, block, columns, bad)
+    if found is not None:
+      yield found, read
+
+
 def _parse_or_skip(path: str, first: int, block: bytes, columns: Columns, bad):
   """_parse without the damaged lines, which go to `bad`; None if none is left.
 
@@ -307,14 +315,14 @@ def chunks(
   A line: label (0 or 1), 13 integers, 26 categories. An empty field is a
   missing value. A dense input is log(max(x, -1) + 2), a missing one as x = 0.
   A cell of a feature with hotness > 1 holds ids separated by ','; those past
-  the hotness are dropped.
+  the hotness are dropped. With `data.weighted` an id may end in ':weight'.
 
   Raises:
     UserError: a file that cannot be read; more damaged lines than allowed.
   """
   kinds = {"label": "int"} | dict.fromkeys(DENSE, "int")
   for f in inputs.features:
-    kinds[f.name] = "text" if f.hotness > 1 else "id"
+    kinds[f.name] = "text" if f.hotness > 1 or f.weighted else "id"
 
   def convert(table: pa.Table) -> Chunk:
     label = table["label"]
@@ -338,31 +346,34 @@ def chunks(
   columns = Columns(kinds, convert, explain)
   sizes = [os.path.getsize(path) for path in paths]
   for i, path in enumerate(paths):
-    for first, block, read in _blocks(path):
-      found = _parse_or_skip(path, first, block, columns, bad)
-      if found is not None:
-        yield Chunk(**found, read=(sum(sizes[:i]) + read) / sum(sizes))
+    for found, read in parse(path, columns, bad):
+      yield Chunk(**found, read=(sum(sizes[:i]) + read) / sum(sizes))
 
 
 def encode(inputs: Schema, table: pa.Table) -> dict:
   """The categorical columns of a Chunk, from 'id', 'text' or list columns."""
-  codes = np.full((table.num_rows, inputs.columns), -1, np.int32)
+  shape = table.num_rows, inputs.columns
+  codes = np.full(shape, -1, np.int32)
+  weights = np.zeros(shape, np.float32) if inputs.weighted else None
   values, column, start = [], 0, 0
   for f in inputs.features:
     cells = table[f.name].combine_chunks()
-    if f.hotness == 1:
+    if f.hotness > 1 or f.weighted:
+      row, position, ids = _bags(cells, f.hotness)
+      if weights is not None:
+        ids, weight = _weigh(ids)
+        weights[row, column + position] = weight
+      code, value = _codes(ids)
+      codes[row, column + position] = code + start
+    else:
       code, value = _codes(cells)
       codes[:, column] = code + start
-    else:
-      row, position, ids = _bags(cells, f.hotness)
-      code, value = _codes(ids.dictionary_encode())
-      codes[row, column + position] = code + start
     values.append(value)
     column += f.hotness
     start += len(value)
   return {
     "codes": codes,
-    "weights": None,
+    "weights": weights,
     "values": pa.concat_arrays(values),
     "feature": np.repeat(
       np.arange(len(values), dtype=np.int16), [len(v) for v in values]
@@ -379,12 +390,25 @@ def _bags(cells: pa.Array, hotness: int):
   position = np.arange(len(row)) - (np.cumsum(lengths) - lengths)[row]
   keep = position < hotness
   ids = cells.flatten().filter(pa.array(keep))
-  ids = pc.if_else(pc.equal(ids, ""), None, ids)
-  return row[keep], position[keep], ids
+  return row[keep], position[keep], pc.if_else(pc.equal(ids, ""), None, ids)
 
 
-def _codes(column: pa.DictionaryArray) -> tuple[np.ndarray, pa.Array]:
+def _weigh(ids: pa.Array) -> tuple[pa.Array, np.ndarray]:
+  """'id:weight' -> (id, weight); 1 where there is none."""
+  parts = pc.split_pattern(pc.fill_null(ids, ""), ":", max_splits=1)
+  given = pc.greater(parts.value_lengths(), 1)
+  text = pc.list_element(pc.if_else(given, parts, pa.scalar(["", "1"])), 1)
+  weight = text.cast(pa.float32()).to_numpy()
+  if not np.isfinite(weight).all():
+    raise pa.ArrowInvalid("a weight is not finite")
+  ids = pc.list_element(parts, 0)
+  return pc.if_else(pc.equal(ids, ""), None, ids), weight
+
+
+def _codes(column: pa.Array) -> tuple[np.ndarray, pa.Array]:
   """([k] int32, values): nulls get the last code, whose value is null."""
+  if not pa.types.is_dictionary(column.type):
+    column = column.dictionary_encode()
   values = pa.concat_arrays([column.dictionary, pa.nulls(1, pa.string())])
   codes = pc.fill_null(column.indices, len(values) - 1)
   return codes.to_numpy(zero_copy_only=False), values

@@ -146,8 +146,8 @@ def plan(
     raise UserError(
       f"plan.warm_rows: {warm} rows of {row_bytes} bytes over {n} devices take "
       f"{_mb((hot + _slots(warm, n)) * row_bytes)} MB of each with the {hot} "
-      f"hot rows, the budget (plan.device_memory_mb) is {_mb(device_bytes)} MB; "
-      f"at most {most} fit"
+      f"hot rows, the budget (plan.device_memory_mb) is {_mb(device_bytes)} "
+      f"MB; at most {most} fit"
     )
   cold = rows - hot - warm
   cold_bytes = _slots(cold, n) * n * row_bytes

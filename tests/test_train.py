@@ -60,7 +60,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_run_leaves_what_it_should(trained):
-  config, workdir, result, printed = trained
+  _, workdir, result, printed = trained
   steps = 18_000 // 256
   last = lines(workdir, "test")[-1]
   assert last["step"] == steps
@@ -192,7 +192,9 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
   config.train.optimizer = "adagrad"
   config.embedding.learning_rate = 1e30
   config.train.learning_rate = 1e30
-  with pytest.raises(UserError, match=r"the loss is .* at step 2\d; checkp.* 20"):
+  with pytest.raises(
+    UserError, match=r"the loss is .* at step 2\d; checkp.* 20"
+  ):
     train.train(config, tmp_path, quiet)
   kept = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
   assert kept == ["20"]

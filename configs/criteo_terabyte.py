@@ -1,0 +1,28 @@
+"""MLPerf's DLRM-DCNv2 on the Criteo 1TB click logs (day_0 ... day_23).
+
+  python main.py --config configs/criteo_terabyte.py \
+    --config.data.train='/data/criteo_1tb/day_*[0-9]' \
+    --config.data.test=/data/criteo_1tb/day_23
+"""
+
+from recjax.config import Config
+
+
+def get_config() -> Config:
+  c = Config()
+  c.data.format = "criteo"
+  c.data.min_count = 1
+  c.embedding.dim = 128
+  c.embedding.optimizer = "adagrad"
+  c.embedding.learning_rate = 0.004
+  c.model.name = "dcnv2"
+  c.model.bottom = (512, 256)  # then the dim, 128
+  c.model.top = (1_024, 1_024, 512, 256)
+  c.model.cross_layers = 3
+  c.model.cross_rank = 512
+  c.model.compute_dtype = "bfloat16"
+  c.train.batch_size = 65_536
+  c.train.optimizer = "adagrad"
+  c.train.learning_rate = 0.004
+  c.checkpoint.every_steps = 5_000
+  return c
