@@ -7,6 +7,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from recjax import config as config_lib
+from recjax import topology
 from recjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A config.")
@@ -47,6 +48,7 @@ def main(argv) -> None:
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
   workdir = pathlib.Path(_WORKDIR.value or f"runs/{name.stem}").absolute()
   logging.set_verbosity(logging.ERROR)
+  topology.keep_freed_memory()
   from recjax import mesh, train  # JAX starts after the flags are known
 
   mesh.simulate_devices(config.mesh.devices if _MODE.value != "plan" else 0)

@@ -21,7 +21,6 @@ memory are left out with a note.
 """
 
 import argparse
-import ctypes
 import datetime
 import importlib.metadata
 import importlib.util
@@ -37,6 +36,9 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recjax import topology  # needs nothing that torch's Python lacks
+
 ROWS = (
   *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683),
   *(8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15),
@@ -48,18 +50,85 @@ LEARNING_RATE = 0.02
 INIT_SCALE = 0.05
 
 
-def recjax_step(data, args):
-  """To be filled: see the other contenders."""
-  raise NotImplementedError("not plugged in yet")
-
-
 # Contenders: (data, args) -> step; step(i) trains on batch i, waits for the
 # end of it, and returns the loss. data is what `draw_batches` gives.
 
 
+def recjax_step(data, args):
+  """As main.py trains: rows in frequency order, planned, one jitted step."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+
+  from recjax import config, models, planner, sparse_optim, tables, train_step
+  from recjax.frequency import Profile
+  from recjax.mesh import batch_sharding, make_mesh, replicated
+  from recjax.specs import Feature
+
+  dense, ids, labels = data
+  # The expected counts of a long log of that power law, in rank order.
+  p = [np.arange(1, r + 1, dtype=np.float32) ** -args.exponent for r in ROWS]
+  counts = np.concatenate([x / x.sum() for x in p]) * 1e9
+  order = np.argsort(-counts, kind="stable")
+  rank = np.empty(len(order), np.int32)
+  rank[order] = np.arange(len(order), dtype=np.int32)
+  names = tuple(f"C{i + 1}" for i in range(len(ROWS)))
+  profile = Profile(
+    10**9,
+    names,
+    counts[order].astype(np.int64),
+    np.zeros(len(order), np.int16),
+  )
+  plan = planner.plan(
+    profile,
+    devices=1,
+    hosts=1,
+    batch_size=args.batch,
+    lookups=len(ROWS),
+    dim=args.dim,
+    dtype="float32",
+    slot_bytes=4,
+    device_bytes=1 << 40,
+    host_bytes=0,
+  )
+  params, apply = models.build(
+    config.Model(bottom=BOTTOM, top=TOP), DENSE, len(ROWS), args.dim, seed=0
+  )
+  model = train_step.Model(
+    apply=apply,
+    features=tuple(Feature(name, name) for name in names),
+    dense_optimizer=optax.adagrad(LEARNING_RATE, 0.0, 1e-8),
+    sparse_optimizer=sparse_optim.rowwise_adagrad(LEARNING_RATE),
+    plan=plan,
+    exchange_dtype=jnp.float32,
+    seed=0,
+  )
+  mesh = make_mesh(1)
+  state = jax.device_put(
+    (np.int32(0), params, model.dense_optimizer.init(params)),
+    replicated(mesh),
+  )
+  rows = tables.init(plan, model.sparse_optimizer, mesh, INIT_SCALE, seed=0)
+  state = train_step.TrainState(*state, rows)
+  first = np.cumsum([0, *ROWS[:-1]])
+  batches = [
+    jax.device_put(
+      {"dense": d, "ids": rank[first + i], "label": y}, batch_sharding(mesh)
+    )
+    for d, i, y in zip(dense, ids, labels, strict=True)
+  ]
+  update = train_step.make_train_step(model, mesh)
+
+  def step(i):
+    nonlocal state
+    state, out = update(state, batches[i])
+    return float(out["loss"])
+
+  return step
+
+
 def plain_jax_step(data, args):
   """What one writes first: tables are parameters like all others."""
-  sys.path.insert(0, str(Path(__file__).parents[1]))
   import jax
   import jax.numpy as jnp
   import optax
@@ -74,7 +143,7 @@ def plain_jax_step(data, args):
     for k, r in zip(keys, ROWS, strict=True)
   ]
   slots = [jnp.zeros(r) for r in ROWS]
-  optimizer = optax.adagrad(LEARNING_RATE)
+  optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
 
   def loss_of(params, tables, dense, ids, labels):
     rows = [jnp.take(t, i, axis=0) for t, i in zip(tables, ids.T, strict=True)]
@@ -259,15 +328,6 @@ def power_law(rng, shape, rows, exponent):
   return np.minimum(x.astype(np.int64) - 1, rows - 1).astype(np.int32)
 
 
-def tune_malloc():
-  """Keeps freed memory: by default glibc maps large arrays anew each step."""
-  libc = ctypes.CDLL(None)
-  if hasattr(libc, "mallopt"):
-    libc.mallopt(-8, 1)  # M_ARENA_MAX
-    libc.mallopt(-4, 0)  # M_MMAP_MAX
-    libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
 def work(args):
   """In the contender's own process: prints step times as one JSON line."""
   make_step, packages, copies = CONTENDERS[args.worker]
@@ -275,7 +335,7 @@ def work(args):
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
     os.sched_setaffinity(0, cores)
   if args.malloc == "tuned":
-    tune_malloc()
+    topology.keep_freed_memory()
   missing = [p for p in packages if importlib.util.find_spec(p) is None]
   if missing:
     return {"skipped": f"{' and '.join(missing)} not installed"}
@@ -284,10 +344,7 @@ def work(args):
   if need > have:
     return {"skipped": f"needs {need / 1e9:.0f} GB, {have / 1e9:.0f} GB free"}
   data = [np.load(Path(args.folder) / f"{i}.npy") for i in range(3)]
-  try:
-    step = make_step(data, args)
-  except NotImplementedError as e:
-    return {"skipped": str(e)}
+  step = make_step(data, args)
   seconds, losses = [], []
   for i in range(args.warmup + args.steps):
     start = time.perf_counter()
