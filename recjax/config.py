@@ -183,7 +183,7 @@ def check(config, prefix: str = "") -> None:
       if type(value) is not f.type:
         raise UserError(f"{path}: {value!r} is not a {f.type.__name__}")
       check(value, path + ".")
-    elif f.type in (int, float, str):
+    elif f.type in (int, float, str, bool):
       if f.type is float and type(value) is int:
         setattr(config, f.name, float(value))
       elif type(value) is not f.type:
