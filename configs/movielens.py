@@ -18,7 +18,7 @@ def get_config() -> Config:
   c.data.pooling = "mean"  # of a movie's genres
   c.embedding.dim = 16
   c.embedding.optimizer = "rowwise_adagrad"
-  c.embedding.learning_rate = 0.1
+  c.embedding.learning_rate = 0.03
   c.model.bottom = ()  # no numeric inputs
   c.model.top = (64, 32)
   c.train.batch_size = 1_024

@@ -137,7 +137,8 @@ class Batches:
     )
     self.batch_size, self.steps, self.length = batch_size, steps, length
     self.process = process_index, process_count
-    self.seed, self.window_blocks = seed, max(1, window_blocks)
+    self.seed = None if seed is None else seed % 2**64  # any integer will do
+    self.window_blocks = max(1, window_blocks)
     self.lock = threading.Lock()
     self.windows: collections.OrderedDict[Any, dict] = collections.OrderedDict()
     self.order = functools.lru_cache(maxsize=2)(self._order)

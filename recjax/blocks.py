@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from recjax.errors import UserError
 from recjax.specs import Schema
@@ -20,11 +21,12 @@ _SHARD_BYTES = 1 << 28  # about, before compression
 
 def features(schema: Schema) -> dict[str, tuple[tuple, type]]:
   """Shape and type of each array of a block of k samples (None = k)."""
-  arrays = {
+  arrays: dict[str, tuple[tuple, type]] = {
     "label": ((None,), np.float32),
-    "dense": ((None, len(schema.dense)), np.float32),
     "ids": ((None, schema.columns), np.int32),
   }
+  if schema.dense:  # tensorflow-datasets cannot read an array of no columns
+    arrays["dense"] = ((None, len(schema.dense)), np.float32)
   if schema.weighted:
     arrays["weights"] = ((None, schema.columns), np.float32)
   return arrays
@@ -63,14 +65,14 @@ def write(
     ),
     disable_shuffling=True,
   )
-  width = 4 * sum(np.prod(s[1:], dtype=int) for s, _ in arrays.values())
-  writer = tfds.core.SequentialWriter(
-    info,
-    max_examples_per_shard=max(1, _SHARD_BYTES // (width * block_samples)),
-    file_format="array_record",
+  info.set_file_format("array_record")
+  serializer = tfds.core.example_serializer.ExampleSerializer(
+    info.features.get_serialized_info()
   )
+  width = 4 * sum(np.prod(s[1:], dtype=int) for s, _ in arrays.values())
+  shard_blocks = max(1, _SHARD_BYTES // (width * block_samples))
   names = ("train", "test")
-  writer.initialize_splits(list(names))
+  shards = {name: _Shards(directory, name, shard_blocks) for name in names}
   rest: dict[str, list[dict]] = {name: [] for name in names}
   samples = dict.fromkeys(names, 0)
 
@@ -80,11 +82,13 @@ def write(
       return
     joined = {a: np.concatenate([p[a] for p in rest[name]]) for a in arrays}
     full = waiting if last else waiting - waiting % block_samples
-    blocks = [
-      {a: x[i : min(i + block_samples, full)] for a, x in joined.items()}
-      for i in range(0, full, block_samples)
-    ]
-    writer.add_examples({name: blocks})
+    for i in range(0, full, block_samples):
+      block = {
+        a: x[i : min(i + block_samples, full)] for a, x in joined.items()
+      }
+      example = serializer.get_tf_example(info.features.encode_example(block))
+      # The arrays are a map, whose order differs between runs if it may.
+      shards[name].write(example.SerializeToString(deterministic=True))
     rest[name] = [{a: x[full:] for a, x in joined.items()}]
     samples[name] += full
 
@@ -93,8 +97,55 @@ def write(
     flush(name)
   for name in names:
     flush(name, last=True)
-  writer.close_all()
+  splits = [shards[name].close() for name in names]
+  info.set_splits(tfds.core.SplitDict(splits))
+  info.write_to_directory(directory)
   return samples
+
+
+class _Shards:
+  """The files of a split, each of so many blocks.
+
+  As tfds.core.SequentialWriter, whose bytes differ from run to run.
+  """
+
+  def __init__(self, directory: str, split: str, blocks: int):
+    self.split, self.blocks = split, blocks
+    self.template = tfds.core.ShardedFileTemplate(
+      data_dir=directory,
+      dataset_name="recjax_blocks",
+      split=split,
+      filetype_suffix="array_record",
+      template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
+    )
+    self.lengths, self.bytes = [], 0
+    self.writer: ArrayRecordWriter | None = None
+
+  def write(self, example: bytes) -> None:
+    if self.writer is None or self.lengths[-1] == self.blocks:
+      self._close_file()
+      path = self.template.sharded_filepath(
+        shard_index=len(self.lengths), num_shards=None
+      )
+      self.writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
+      self.lengths.append(0)
+    self.writer.write(example)
+    self.lengths[-1] += 1
+    self.bytes += len(example)
+
+  def _close_file(self) -> None:
+    if self.writer is not None:
+      self.writer.close()
+      self.writer = None
+
+  def close(self) -> tfds.core.splits.SplitInfo:
+    self._close_file()
+    return tfds.core.splits.SplitInfo(
+      name=self.split,
+      shard_lengths=self.lengths,
+      num_bytes=self.bytes,
+      filename_template=self.template,
+    )
 
 
 class Blocks:
@@ -120,6 +171,8 @@ class Blocks:
     with self._reading():
       blocks = self.source.__getitems__([int(i) for i in indices])
       joined = {a: np.concatenate([b[a] for b in blocks]) for a in blocks[0]}
+    if "dense" not in joined:
+      joined["dense"] = np.empty((len(joined["label"]), 0), np.float32)
     return joined
 
   @contextlib.contextmanager

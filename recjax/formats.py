@@ -270,6 +270,8 @@ def _explain(line: bytes, columns: Columns, error) -> tuple[str, str]:
   if len(fields) != len(names):
     return "", f"{len(fields)} fields where {len(names)} are expected"
   for name, field in zip(names, fields, strict=True):
+    if b"\r" in field:
+      return name, f"{shown(field)} holds a carriage return"
     try:
       field.decode("utf-8")
     except UnicodeDecodeError:

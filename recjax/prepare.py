@@ -141,6 +141,11 @@ def prepare(
     os.replace(f"{directory}.unfinished", directory)
   except (OSError, duckdb.Error, RuntimeError) as e:
     if not _disk_full(e):
+      if isinstance(e, duckdb.OutOfMemoryException):
+        raise UserError(
+          f"data.memory_mb={config.data.memory_mb} is too little to prepare"
+          f" these logs ({e}): raise it"
+        ) from e
       raise
     free = shutil.disk_usage(os.path.dirname(directory) or ".").free >> 20
     raise UserError(
@@ -157,7 +162,7 @@ def _disk_full(e: BaseException) -> bool:
   text = str(e).lower()
   return any(
     s in text
-    for s in ("no space left", "file too large", "quota exceeded", "disk space")
+    for s in ("no space left", "file too large", "quota", "max_temp_directory")
   )
 
 
@@ -203,6 +208,7 @@ def _settings(config: Config) -> dict:
     ("block_samples", 1),
     ("min_count", 0),
     ("max_bad_rows", 0),
+    ("seed", 0),
     ("memory_mb", 128),
   ):
     if getattr(data, name) < least:

@@ -70,7 +70,9 @@ class Split:
     """[rows] bool: which of the rows from `start` on are training samples."""
     row = np.arange(start, start + rows, dtype=np.uint64)
     if self.train_rows is None and self.data.split == "random":
-      uniform = _splitmix64(row + np.uint64(self.data.seed << 40)) / 2.0**64
+      uniform = (
+        _splitmix64(row + np.uint64((self.data.seed << 40) % 2**64)) / 2.0**64
+      )
       return uniform >= self.data.test_fraction
     return row < self.train
 

@@ -2,4 +2,5 @@
 # All the set-up, then the tests; arguments go to pytest.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" "test"
-exec .venv/bin/python -m pytest "$@"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # workers share a GPU
+exec .venv/bin/python -m pytest -n auto "$@"
