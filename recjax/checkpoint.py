@@ -28,7 +28,7 @@ from recjax.tables import DEVICE, HOST, Tables, Tier
 from recjax.train_step import Model, TrainState
 
 _BLOCK_BYTES = 64 << 20  # rows streamed at a time while restoring
-_CHUNK_BYTES = 8 << 20  # of a stored shard; a block reads whole chunks
+_LEAST_CHUNK_BYTES = 1 << 20  # of a stored shard
 
 
 # ---- Checksums
@@ -43,6 +43,11 @@ def _sum_of_words(x: np.ndarray) -> int:
   """The wrapping sum of an array's bits: any one damaged word changes it."""
   words = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
   return int(words.sum(dtype=np.uint64)) & 0xFFFFFFFF
+
+
+@jax.jit
+def _dense_sum(tree):  # 2- or 4-byte leaves -> uint32
+  return sum(jnp.sum(_words(x)) for x in jax.tree.leaves(tree))
 
 
 def make_checksums(model: Model, mesh: Mesh):
@@ -154,14 +159,15 @@ def save(
     checksums: of `make_checksums`.
   """
   tree = _tree(state.tables)
+  # A block is read from every shard at once, in whole chunks.
+  chunk_bytes = max(_BLOCK_BYTES // plan.devices, _LEAST_CHUNK_BYTES)
   chunks = jax.tree.map(
-    lambda x: ocp.SaveArgs(
-      chunk_byte_size=_CHUNK_BYTES if x.ndim > 1 and x.shape[1] else None
-    ),
-    tree,
+    lambda _: ocp.SaveArgs(chunk_byte_size=chunk_bytes), tree
   )
   if "hot" in tree:  # of any length: stored in one piece
     chunks["hot"] = jax.tree.map(lambda _: ocp.SaveArgs(), tree["hot"])
+  dense = {"params": state.params, "opt_state": state.opt_state}
+  checksums = checksums | {"dense": _dense_sum(dense)}
   meta = {
     "plan": plan.to_json(),
     "identity": dataclasses.asdict(identity),
@@ -169,7 +175,6 @@ def save(
     "seed": seed,
     "checksums": {k: int(v) for k, v in checksums.items()},
   }
-  dense = {"params": state.params, "opt_state": state.opt_state}
   to.save(
     step,
     args=ocp.args.Composite(
@@ -210,6 +215,7 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
       )
       meta = restored["meta"]
       Plan.from_json(meta["plan"])
+      Identity(**meta["identity"])
       return meta
     except Exception as e:
       raise _damaged(directory, step, e) from e
@@ -244,6 +250,25 @@ def check_identity(directory, step, meta: dict, want: Identity) -> None:
     )
 
 
+def _open(path: pathlib.Path, name: str) -> ts.TensorStore:
+  """An array of an Orbax item, to read."""
+  store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+  return ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
+
+
+def _check_readable(path: pathlib.Path) -> None:
+  """Raises where an array of an Orbax item is damaged.
+
+  Orbax reads all arrays at once, and where one fails the others print their
+  tracebacks when its event loop is gone.
+  """
+  store = {"driver": "ocdbt", "base": f"file://{path}/"}
+  suffix = "/.zarray"
+  for key in ts.KvStore.open(store).result().list().result():
+    if key.decode().endswith(suffix):
+      _open(path, key.decode().removesuffix(suffix)).read().result()
+
+
 class _Stored:
   """The stored tiers as one row space in rank order, read in ranges."""
 
@@ -251,18 +276,7 @@ class _Stored:
     self._plan = plan
     self._sums = dict.fromkeys(names, 0)
     self._arrays = {
-      (tier, name): ts.open(
-        {
-          "driver": "zarr",
-          "kvstore": {
-            "driver": "ocdbt",
-            "base": f"file://{path}/",
-            "path": f"{tier}.{name}/",
-          },
-        },
-        read=True,
-        open=True,
-      ).result()
+      (tier, name): _open(path, f"{tier}.{name}")
       for tier, count in (
         ("hot", plan.hot),
         ("warm", plan.warm),
@@ -315,13 +329,14 @@ def restore(
     UserError: the checkpoint is damaged.
   """
   stored_plan = Plan.from_json(meta["plan"])
-  stored_plan = Plan.from_json(meta["plan"])
   names = ["rows", *model.sparse_optimizer.slots]
   row_bytes = sum(
     np.dtype(np.float32).itemsize * (model.plan.dim if wide else 1)
     for wide in (True, *model.sparse_optimizer.slots.values())
   )
+  folder = directory.absolute() / str(step)
   try:
+    _check_readable(folder / "dense")
     with manager(directory, read_only=True) as m:
       like = {"params": state.params, "opt_state": state.opt_state}
       like = jax.tree.map(
@@ -332,8 +347,7 @@ def restore(
         step,
         args=ocp.args.Composite(dense=ocp.args.StandardRestore(like)),
       )["dense"]
-    path = directory.absolute() / str(step) / "tables"
-    stored = _Stored(path, stored_plan, names)
+    stored = _Stored(folder / "tables", stored_plan, names)
 
     def rows(first, stop):
       read = functools.partial(stored.read, first=first, stop=stop)
@@ -347,11 +361,9 @@ def restore(
       max(1, _BLOCK_BYTES // row_bytes),
       rows,
     )
-    sums = stored.sums()
+    sums = stored.sums() | {"dense": int(_dense_sum(dense))}
     if sums != meta["checksums"]:
-      raise ValueError(
-        f"the rows' checksums are {sums}, not {meta['checksums']}"
-      )
+      raise ValueError(f"its checksums are {sums}, not {meta['checksums']}")
   except Exception as e:
     raise _damaged(directory, step, e) from e
   count = jax.device_put(np.int32(step), replicated(mesh))

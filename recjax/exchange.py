@@ -89,9 +89,13 @@ def route(ids, plan: Plan) -> Route:
 
 def one_round(plan: Plan, lookups: int) -> bool:
   """Whether no batch of `lookups` ids a device can overflow a buffer."""
-  return plan.capacity_warm >= min(
-    plan.warm_slots, lookups
-  ) and plan.capacity_cold >= min(plan.cold_slots, lookups)
+  return all(
+    capacity >= min(-(-rows // plan.devices), lookups)
+    for rows, capacity in (
+      (plan.warm, plan.capacity_warm),
+      (plan.cold, plan.capacity_cold),
+    )
+  )
 
 
 def next_round(route: Route, begin, plan: Plan) -> Round:

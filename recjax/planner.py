@@ -159,7 +159,8 @@ def plan(
       cold = rows - hot - _most_warm(rows, hot, fit, n)
       return _slots(cold, n) * n * row_bytes <= hosts * host_bytes
 
-    larger = range(_mb(device_bytes), _mb(rows * row_bytes * 2) + 1)
+    now = _mb(device_bytes)
+    larger = range(now, max(now, _mb(2 * rows * row_bytes)) + 1)
     enough = larger[bisect.bisect_left(larger, True, key=fits)]
     raise UserError(
       f"plan.host_memory_mb: {cold} cold rows of {row_bytes} bytes take "

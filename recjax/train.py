@@ -282,7 +282,8 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
         jax.device_get(checksums(state.tables)),
       )
 
-    log = _Log(config, steps, first, writer, report, saver, directory)
+    expected = sum(r.distinct for r in plan_.reports[1:])
+    log = _Log(config, steps, first, expected, writer, report, saver, directory)
     for step in range(first + 1, steps + 1):
       batch = next(data)
       batch.pop("mask")
@@ -305,7 +306,10 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
 class _Log:
   """Fetches a step's metrics after the next step was dispatched."""
 
-  def __init__(self, config, steps, first, writer, report, saver, directory):
+  def __init__(
+    self, config, steps, first, expected, writer, report, saver, directory
+  ):
+    self._expected = expected  # distinct rows, by the plan
     self._every = config.train.log_every_steps
     self._batch_size, self._steps = config.train.batch_size, steps
     self._writer, self._report = writer, report
@@ -350,7 +354,8 @@ class _Log:
       f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "
       f"{mean['samples_per_second']:,.0f} samples/s, "
       f"rounds {mean['rounds']:.0f}, "
-      f"distinct rows {mean['distinct_rows']:,.0f}, "
+      f"distinct rows {mean['distinct_rows']:,.0f} "
+      f"(planned {self._expected:,.0f}), "
       f"{(self._steps - step) / rate:.0f} s left"
     )
     self._window, self._since, self._at = [], now, step

@@ -20,6 +20,7 @@ def test_touch_probability_closed_forms():
   np.testing.assert_allclose(got, [0, 1, 1, 1e-6 - 5e-13], rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(
   st.lists(probabilities, min_size=1, max_size=5),
   st.integers(1, 10_000),
@@ -43,6 +44,7 @@ def test_touch_probability_is_what_samples_do():
   assert np.all(np.abs(touched - want) <= 5 * deviation)
 
 
+@settings(deadline=None)
 @given(
   st.floats(0, 1e7),
   st.floats(0, 1e7),
@@ -59,6 +61,7 @@ def test_capacity_is_monotone(mean, more, probability, other):
   assert isinstance(at, int)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e6), st.floats(1e-12, 0.5))
 def test_capacity_is_bernsteins_bound_and_no_larger(mean, probability):
   bound = lambda t: math.exp(-t * t / (2 * (mean + t / 3)))

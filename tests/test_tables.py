@@ -136,7 +136,9 @@ def test_shards_lie_with_their_owners_in_the_right_memory(name):
     for k, shard in enumerate(shards):
       assert shard.device == jax.devices()[k]
       mine = want[first : first + counts(plan)[tier]][k::n]
-      np.testing.assert_array_equal(np.asarray(shard.data)[: len(mine), 0], mine)
+      np.testing.assert_array_equal(
+        np.asarray(shard.data)[: len(mine), 0], mine
+      )
 
 
 def test_bfloat16_rows_have_float32_slots():

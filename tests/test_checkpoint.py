@@ -1,0 +1,483 @@
+"""Saved while training goes on, restored onto any mesh and plan, or refused."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from recjax import checkpoint, sparse_optim, tables, train_step
+from recjax.checkpoint import Identity
+from recjax.errors import UserError
+from recjax.mesh import batch_sharding, make_mesh, replicated
+from recjax.planner import Plan
+from recjax.specs import Feature
+
+ROWS, DIM, BATCH, DENSE = 50_003, 8, 16, 3
+FEATURES = (Feature("a", "t"), Feature("b", "t"), Feature("c", "t"))
+OPTIMIZER = sparse_optim.adam(0.05)
+IDENTITY = Identity(
+  {"model.name": "dlrm", "embedding.dim": DIM, "model.top": [4]},
+  "0123456789abcdef" * 4,
+  ROWS,
+)
+# devices, hot, warm_end
+PLANS = {
+  "mixed": (8, 1_001, 20_000),
+  "1_cold": (1, 0, 0),
+  "2_warm": (2, 0, ROWS),
+  "8_hot": (8, ROWS, ROWS),
+  "8_other_cuts": (8, 30, 49_000),
+}
+SAVED, OLDER = 5, 2  # steps
+
+
+def make_plan(name, dtype="float32"):
+  devices, hot, warm_end = PLANS[name]
+  return Plan(
+    devices=devices,
+    batch_size=BATCH,
+    rows=ROWS,
+    dim=DIM,
+    dtype=dtype,
+    hot=hot,
+    warm_end=warm_end,
+    capacity_warm=6 if warm_end > hot else 0,
+    capacity_cold=6 if warm_end < ROWS else 0,
+  )
+
+
+def apply(params, dense, activations):
+  x = jnp.concatenate([dense, activations.reshape(dense.shape[0], -1)], 1)
+  return jnp.tanh(x @ params["w"]).sum(1)
+
+
+@functools.cache
+def model_of(name):
+  plan = make_plan(name)
+  model = train_step.Model(
+    apply=apply,
+    features=FEATURES,
+    dense_optimizer=optax.adam(0.01),
+    sparse_optimizer=OPTIMIZER,
+    plan=plan,
+    exchange_dtype=jnp.float32,
+    seed=0,
+  )
+  return model, make_mesh(plan.devices)
+
+
+def fresh(name, seed=7):
+  """A state whose numbers are none of the checkpoint's."""
+  model, mesh = model_of(name)
+  rng = np.random.default_rng(seed)
+  shape = (DENSE + DIM * len(FEATURES), 300)
+  params = {"w": rng.normal(size=shape).astype(np.float32) * 0.01}
+  dense = (params, model.dense_optimizer.init(params), np.int32(0))
+  params, opt_state, step = jax.device_put(dense, replicated(mesh))
+  t = tables.init(model.plan, OPTIMIZER, mesh, scale=0.5, seed=seed)
+  return train_step.TrainState(step, params, opt_state, t)
+
+
+def batch_of(step, mesh):
+  rng = np.random.default_rng(step)
+  batch = {
+    "label": rng.integers(0, 2, BATCH).astype(np.float32),
+    "dense": rng.normal(size=(BATCH, DENSE)).astype(np.float32),
+    "ids": rng.integers(0, ROWS, (BATCH, len(FEATURES))).astype(np.int32),
+  }
+  return jax.device_put(batch, batch_sharding(mesh))
+
+
+@functools.cache
+def compiled(name):
+  return train_step.make_train_step(*model_of(name)), checkpoint.make_checksums(
+    *model_of(name)
+  )
+
+
+def train(name, state, first, last):
+  step, _ = compiled(name)
+  for i in range(first, last):
+    state, _ = step(state, batch_of(i, model_of(name)[1]))
+  return state
+
+
+def rank_order(t: tables.Tables, plan):
+  """Rows and slots as numpy, in rank order."""
+  parts = []
+  for name, count in zip(
+    t._fields, (plan.hot, plan.warm, plan.cold), strict=True
+  ):
+    if count:
+      flat = lambda x, n=name: x if n == "hot" else x.reshape(-1, *x.shape[2:])
+      take = lambda x, f=flat, c=count: f(np.asarray(x))[:c]
+      parts.append(jax.tree.map(take, getattr(t, name)))
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+
+def in_rank_order(state, name):
+  """The whole state as numpy, the same for every plan."""
+  plan = make_plan(name)
+  dense = jax.device_get((state.step, state.params, state.opt_state))
+  return jax.tree.map(np.copy, (dense, rank_order(state.tables, plan)))
+
+
+def save(to, step, state, name="mixed", identity=IDENTITY):
+  sums = jax.device_get(compiled(name)[1](state.tables))
+  position = {"next": step}
+  plan = make_plan(name)
+  checkpoint.save(to, step, state, plan, identity, position, 11, sums)
+
+
+def restore(directory, name, step=SAVED):
+  meta = checkpoint.read_meta(directory, step)
+  return checkpoint.restore(directory, step, meta, fresh(name), *model_of(name))
+
+
+def assert_same(got, want):
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """(directory, {step: whole state}) of a run that never waited for a save."""
+  directory = tmp_path_factory.mktemp("run") / "checkpoints"
+  state, want, at = fresh("mixed", seed=3), {}, 0
+  with checkpoint.manager(directory) as to:
+    for step in (OLDER, SAVED):
+      state = train("mixed", state, at, step)
+      want[step] = in_rank_order(state, "mixed")
+      save(to, step, state)
+      at = step
+    state = train("mixed", state, SAVED, SAVED + 3)  # donates what is saved
+    jax.block_until_ready(state)
+  want[SAVED + 3] = in_rank_order(state, "mixed")
+  return directory, want
+
+
+# ---- Round trips
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_restores_onto_any_mesh_and_plan_bit_for_bit(name, saved):
+  directory, want = saved
+  state = restore(directory, name)
+  assert_same(in_rank_order(state, name), want[SAVED])
+  model, mesh = model_of(name)
+  placed = train_step.state_shardings(model, mesh)
+  assert jax.tree.map(lambda x: x.sharding, state.tables) == placed.tables
+  for x in jax.tree.leaves((state.step, state.params, state.opt_state)):
+    assert x.sharding.is_fully_replicated
+    assert x.sharding.device_set == set(mesh.devices.flat)
+
+
+def test_training_goes_on_bit_for_bit(saved):
+  """Both after a restore, and in the run whose state was being saved."""
+  directory, want = saved
+  state = train("mixed", restore(directory, "mixed"), SAVED, SAVED + 3)
+  assert_same(in_rank_order(state, "mixed"), want[SAVED + 3])
+  rows = [want[step][1].rows for step in (OLDER, SAVED, SAVED + 3)]
+  assert not np.array_equal(rows[0], rows[1])
+  assert not np.array_equal(rows[1], rows[2])
+
+
+def test_older_step(saved):
+  directory, want = saved
+  state = restore(directory, "mixed", OLDER)
+  assert_same(in_rank_order(state, "mixed"), want[OLDER])
+
+
+def test_what_another_plan_saves_is_the_same(saved, tmp_path):
+  """mixed on 8 -> cold on 1 -> saved -> warm on 2."""
+  directory, want = saved
+  with checkpoint.manager(tmp_path) as to:
+    save(to, 1, restore(directory, "1_cold"), "1_cold")
+  state = restore(tmp_path, "2_warm", 1)
+  got = in_rank_order(state, "2_warm")
+  want = want[SAVED]
+  assert got[0][0] == 1
+  assert_same((got[0][1:], got[1]), (want[0][1:], want[1]))
+
+
+def test_meta_reads_back(saved):
+  directory, _ = saved
+  meta = checkpoint.read_meta(directory, SAVED)
+  assert Plan.from_json(meta["plan"]) == make_plan("mixed")
+  assert (meta["position"], meta["seed"]) == ({"next": SAVED}, 11)
+  checkpoint.check_identity(directory, SAVED, meta, IDENTITY)
+
+
+@pytest.mark.parametrize("name", ["8_hot", "1_cold", "mixed"])
+def test_checksums_are_those_of_the_ranks(name, saved):
+  directory, want = saved
+  state = restore(directory, name)
+  got = jax.device_get(compiled(name)[1](state.tables))
+  tier = want[SAVED][1]
+  for key, x in {"rows": tier.rows, **tier.slots}.items():
+    total = x.view(np.uint32).sum(dtype=np.uint64)
+    assert int(got[key]) == int(total) % 2**32
+
+
+def test_bfloat16_rows(tmp_path):
+  plan, mesh = make_plan("mixed", "bfloat16"), make_mesh(8)
+  model = model_of("mixed")[0]._replace(plan=plan)
+  t = tables.init(plan, OPTIMIZER, mesh, 0.5, 3)
+  state = fresh("mixed")._replace(tables=t)
+  sums = jax.device_get(checkpoint.make_checksums(model, mesh)(t))
+  want = rank_order(t, plan)
+  with checkpoint.manager(tmp_path) as to:
+    checkpoint.save(to, 1, state, plan, IDENTITY, {}, 0, sums)
+  state = state._replace(tables=tables.init(plan, OPTIMIZER, mesh, 0.5, 4))
+  meta = checkpoint.read_meta(tmp_path, 1)
+  state = checkpoint.restore(tmp_path, 1, meta, state, model, mesh)
+  assert_same(rank_order(state.tables, plan), want)
+
+
+# ---- Bounded memory
+
+
+@pytest.mark.parametrize("name", ["mixed", "8_hot", "1_cold"])
+def test_rows_are_read_in_bounded_blocks(name, saved, monkeypatch):
+  directory, want = saved
+  block = 1 << 16
+  asked = []
+  read = checkpoint._Stored.read
+
+  def spy(self, name, first, stop):
+    got = read(self, name, first, stop)
+    asked.append((name, first, stop, got.nbytes))
+    return got
+
+  monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", block)
+  monkeypatch.setattr(checkpoint._Stored, "read", spy)
+  assert_same(in_rank_order(restore(directory, name), name), want[SAVED])
+  for array in ("rows", "m", "v"):
+    ranges = [(a, b) for key, a, b, _ in asked if key == array]
+    assert [a for a, _ in ranges] == [0, *(b for _, b in ranges[:-1])]
+    assert ranges[-1][1] == ROWS
+  sizes = [size for *_, size in asked]
+  for i in range(0, len(sizes), 3):
+    assert sum(sizes[i : i + 3]) <= block
+
+
+# Prints the most memory that the new tables, and then a restore, added.
+MEASURE = """
+import re, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import pathlib
+import numpy as np, optax
+from recjax import checkpoint, sparse_optim, tables, train_step
+from recjax.mesh import make_mesh, replicated
+from recjax.planner import Plan
+
+rows, dim = 1_000_000, 32
+checkpoint._BLOCK_BYTES = 2 << 20
+directory = pathlib.Path(sys.argv[2])
+
+def state_of(devices, hot, warm_end):
+  plan = Plan(devices, 8, rows, dim, "float32", hot, warm_end, 1, 1)
+  mesh = make_mesh(devices)
+  optimizer = sparse_optim.sgd(0.1)
+  model = train_step.Model(
+    None, (), optax.sgd(0.1), optimizer, plan, np.float32, 0
+  )
+  zero = jax.device_put(np.int32(0), replicated(mesh))
+  w = {"w": jax.device_put(np.ones(3, np.float32), replicated(mesh))}
+  t = tables.init(plan, optimizer, mesh, 0.5, 0)
+  opt_state = model.dense_optimizer.init(w)
+  return model, mesh, train_step.TrainState(zero, w, opt_state, t)
+
+def most():
+  # Not ru_maxrss, which a child inherits.
+  status = pathlib.Path("/proc/self/status").read_text()
+  return int(re.search("VmHWM:\\s+(\\d+) kB", status)[1]) << 10
+
+if sys.argv[1] == "save":
+  model, mesh, state = state_of(2, 0, 500_000)
+  sums = jax.device_get(checkpoint.make_checksums(model, mesh)(state.tables))
+  identity = checkpoint.Identity({}, "", rows)
+  with checkpoint.manager(directory) as to:
+    checkpoint.save(to, 1, state, model.plan, identity, {}, 0, sums)
+else:
+  jax.block_until_ready(jax.device_put(np.ones(3)))
+  meta = checkpoint.read_meta(directory, 1)
+  before = most()
+  model, mesh, state = state_of(8, 0, 100_000)
+  jax.block_until_ready(state)
+  fresh = most()
+  state = checkpoint.restore(directory, 1, meta, state, model, mesh)
+  jax.block_until_ready(state)
+  table = rows * dim * 4
+  print((fresh - before) / table, (most() - fresh) / table)
+"""
+
+
+def test_a_restore_never_holds_a_second_table(tmp_path):
+  """122 MB of rows in 2 MB blocks: a few blocks, and what never grows."""
+  run = lambda mode: subprocess.run(
+    [sys.executable, "-c", MEASURE, mode, str(tmp_path)],
+    cwd=pathlib.Path(__file__).parents[1],
+    capture_output=True,
+    text=True,
+  )
+  done = run("save")
+  assert done.returncode == 0, done.stderr
+  done = run("restore")
+  assert done.returncode == 0, done.stderr
+  fresh, more = map(float, done.stdout.split())
+  assert fresh > 0.9  # it does measure the tables
+  assert more < 0.5
+
+
+# ---- Damage: the error names the step and the way out
+
+
+def error_of(f, *args) -> str:
+  with pytest.raises(UserError) as e:
+    f(*args)
+  assert "\n" not in str(e.value)
+  return str(e.value)
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+  files = [p for p in folder.rglob("*") if p.is_file()]
+  return max(files, key=lambda p: p.stat().st_size)
+
+
+def truncate(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  path.write_bytes(data)
+
+
+DAMAGES = {
+  "tables_truncated": lambda d: truncate(largest_file(d / "tables")),
+  "tables_flipped": lambda d: flip(largest_file(d / "tables")),
+  "tables_file_deleted": lambda d: largest_file(d / "tables").unlink(),
+  "tables_deleted": lambda d: shutil.rmtree(d / "tables"),
+  "index_deleted": lambda d: (d / "tables" / "manifest.ocdbt").unlink(),
+  "dense_truncated": lambda d: truncate(largest_file(d / "dense")),
+  "dense_flipped": lambda d: flip(largest_file(d / "dense")),
+  "dense_file_deleted": lambda d: largest_file(d / "dense").unlink(),
+  "dense_deleted": lambda d: shutil.rmtree(d / "dense"),
+  "meta_garbage": lambda d: (d / "meta" / "metadata").write_bytes(b"\xff{"),
+  "meta_empty": lambda d: (d / "meta" / "metadata").write_text("{}"),
+  "meta_truncated": lambda d: truncate(d / "meta" / "metadata"),
+  "meta_deleted": lambda d: shutil.rmtree(d / "meta"),
+  "all_deleted": lambda d: [shutil.rmtree(d), d.mkdir()],
+}
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+  directory = tmp_path / "checkpoints"
+  shutil.copytree(saved[0], directory)
+  return directory
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint(damage, copied, saved):
+  DAMAGES[damage](copied / str(SAVED))
+  message = error_of(restore, copied, "mixed")
+  assert message.startswith(f"checkpoint {SAVED} in {copied} is damaged: ")
+  assert f"Delete {copied / str(SAVED)} to go on" in message
+  assert "--config.checkpoint.step" in message
+  assert len(message) < 1_000
+  # The way out works: the one before is there and whole.
+  shutil.rmtree(copied / str(SAVED))
+  assert checkpoint.newest(copied) == OLDER
+  if damage == "tables_flipped":
+    state = restore(copied, "mixed", OLDER)
+    assert_same(in_rank_order(state, "mixed"), saved[1][OLDER])
+
+
+def test_meta_without_a_field(copied):
+  path = copied / str(SAVED) / "meta" / "metadata"
+  whole = json.loads(path.read_text())
+  for field in ("plan", "identity", "checksums"):
+    path.write_text(json.dumps({k: v for k, v in whole.items() if k != field}))
+    message = error_of(restore, copied, "mixed")
+    assert "is damaged" in message
+    assert field in message
+
+
+def test_half_written_checkpoint_is_ignored(copied, saved):
+  """Orbax writes into a folder with this suffix, and renames it when done."""
+  part = copied / f"9{ocp.utils.TMP_DIR_SUFFIX}"
+  shutil.copytree(copied / str(SAVED), part)
+  (part / "commit_success.txt").unlink()
+  shutil.rmtree(part / "tables")
+  assert checkpoint.newest(copied) == SAVED
+  message = error_of(checkpoint.read_meta, copied, 9)
+  assert "there is no checkpoint 9" in message
+  state = restore(copied, "mixed")
+  assert_same(in_rank_order(state, "mixed"), saved[1][SAVED])
+  with checkpoint.manager(copied) as to:  # and does not get in the way
+    assert to.latest_step() == SAVED
+    save(to, 9, state)
+  assert checkpoint.newest(copied) == 9
+  assert not part.exists()
+
+
+# ---- Which checkpoint
+
+
+def test_no_such_step(saved):
+  message = error_of(checkpoint.read_meta, saved[0], 4)
+  assert message.startswith("checkpoint.step: there is no checkpoint 4")
+  assert f"there are {[OLDER, SAVED]}" in message
+
+
+def test_newest(saved, tmp_path):
+  assert checkpoint.newest(saved[0]) == SAVED
+  assert checkpoint.newest(tmp_path) is None
+  assert checkpoint.newest(tmp_path / "nothing") is None
+  assert not (tmp_path / "nothing").exists()
+
+
+def test_the_newest_few_are_kept(saved, tmp_path):
+  state = restore(saved[0], "2_warm")
+  with checkpoint.manager(tmp_path, keep=2) as to:
+    for step in (1, 3, 4, 8):
+      save(to, step, state, "2_warm")
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["4", "8"]
+  assert checkpoint.newest(tmp_path) == 8
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [("embedding.dim", 16), ("model.name", "dcnv2"), ("model.top", [4, 2])],
+)
+def test_checkpoint_of_another_model(field, value, saved):
+  directory, _ = saved
+  meta = checkpoint.read_meta(directory, SAVED)
+  want = dataclasses.replace(IDENTITY, model=IDENTITY.model | {field: value})
+  message = error_of(checkpoint.check_identity, directory, SAVED, meta, want)
+  assert message.startswith(f"checkpoint {SAVED} in {directory}")
+  stored = IDENTITY.model[field]
+  assert f"{field} is {stored!r} there and {value!r} in this config" in message
+  assert "--workdir" in message
+
+
+def test_checkpoint_of_another_vocabulary(saved):
+  directory, _ = saved
+  meta = checkpoint.read_meta(directory, SAVED)
+  want = dataclasses.replace(IDENTITY, vocabulary="f" * 64, rows=17)
+  message = error_of(checkpoint.check_identity, directory, SAVED, meta, want)
+  assert "another vocabulary (0123456789ab, 50003 rows" in message
+  assert "this data set has ffffffffffff, 17 rows" in message
