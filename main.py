@@ -31,10 +31,10 @@ def parse(argv):
     return rest
   except AttributeError as e:
     _fail(config_lib.explain(e))
-  except OSError as e:  # of the config file; the last line says which
-    _fail(f"--config: {str(e).strip().splitlines()[-1].strip()}")
   except (UserError, flags.Error) as e:
     _fail(e)
+  except (OSError, SyntaxError, ImportError) as e:  # of the config file
+    _fail(f"--config: {str(e).strip().splitlines()[-1].strip()}")
 
 
 def _fail(error) -> None:
@@ -42,18 +42,22 @@ def _fail(error) -> None:
   sys.exit(1)
 
 
-def main(argv) -> None:
-  del argv
+def main(_) -> None:
   config = _CONFIG.value
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS["config"]))
-  workdir = pathlib.Path(_WORKDIR.value or f"runs/{name.stem}").absolute()
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
   logging.set_verbosity(logging.ERROR)
+  sys.stdout.reconfigure(line_buffering=True)
   topology.keep_freed_memory()
   from recjax import mesh, train  # JAX starts after the flags are known
 
-  mesh.simulate_devices(config.mesh.devices if _MODE.value != "plan" else 0)
+  if _MODE.value != "plan":  # which answers for more than there can be
+    mesh.simulate_devices(config.mesh.devices)
   try:
-    train.MODES[_MODE.value](config, workdir, lambda s: print(s, flush=True))
+    run = train.MODES[_MODE.value]
+    run(
+      config, pathlib.Path(workdir).absolute(), lambda s: print(s, flush=True)
+    )
   except UserError as e:
     _fail(e)
 

@@ -4,8 +4,8 @@ A step's folder holds three Orbax items: `dense` (params, optimizer state),
 `tables` (each tier as the mesh holds it: flattened, rank order) and `meta`
 (what the run was: plan, model, vocabulary, data position, checksums). Tables
 are restored by streaming blocks of ranks from the stored tiers into the new
-ones, so that restoring needs the new tables and a block of `_BLOCK_BYTES`
-(or the stored hot tier, where that is larger), never a second table.
+ones: beside the new tables that takes the stored hot tier and some eight
+blocks of `_BLOCK_BYTES` (0.2 GB), whatever the tables' size.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from recjax.planner import Plan
 from recjax.tables import DEVICE, HOST, Tables, Tier
 from recjax.train_step import Model, TrainState
 
-_BLOCK_BYTES = 64 << 20  # rows streamed at a time while restoring
+_BLOCK_BYTES = 16 << 20  # rows streamed at a time while restoring
 _LEAST_CHUNK_BYTES = 1 << 20  # of a stored shard
 
 
@@ -276,7 +276,10 @@ class _Stored:
     self._plan = plan
     self._sums = dict.fromkeys(names, 0)
     self._arrays = {
+      # The hot tier is stored in one piece, which every read would decode.
       (tier, name): _open(path, f"{tier}.{name}")
+      if tier != "hot"
+      else _open(path, f"{tier}.{name}").read().result()
       for tier, count in (
         ("hot", plan.hot),
         ("warm", plan.warm),
@@ -297,7 +300,7 @@ class _Stored:
         continue
       x = self._arrays[tier, name]
       if tier == "hot":
-        part = x[a:b].read().result()
+        part = x[a:b]
       else:
         n = p.devices
         slots = x[a // n : -(-b // n)].read().result()

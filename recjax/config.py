@@ -222,6 +222,8 @@ def _check_ranges(c: Config) -> None:
     "checkpoint.keep",
     "train.log_every_steps",
     "mesh.devices_per_host",
+    "model.cross_rank",
+    "data.synthetic.samples",
   ]:
     at_least(path, 1)
   for path in [
@@ -240,6 +242,12 @@ def _check_ranges(c: Config) -> None:
     "train.learning_rate",
   ]:
     at_least(path, 0)
+  for path in ("model.bottom", "model.top", "data.hotness"):
+    group, field = path.split(".")
+    if any(x < 1 for x in getattr(getattr(c, group), field)):
+      raise UserError(
+        f"{path}: {getattr(getattr(c, group), field)} holds a number below 1"
+      )
   for path in ("plan.hot_rows", "plan.warm_rows", "checkpoint.step"):
     at_least(path, -1)
   if not 0 < c.plan.overflow_probability < 1:

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from recjax import metrics
+from recjax.errors import UserError
 from recjax.mesh import batch_sharding
 from recjax.train_step import TrainState
 
@@ -39,7 +40,7 @@ def run(
     samples: of the split, for the progress line.
 
   Raises:
-    ValueError: a logit is not finite.
+    UserError: a logit is not finite.
   """
   total = metrics.Metrics()
   start = last = time.monotonic()
@@ -50,7 +51,14 @@ def run(
       {"label": batch["label"], "mask": batch["mask"], **inputs}, mesh
     )
     logits, labels, mask = jax.device_get(forward(state, scored))
-    total.add(logits, labels, mask)
+    try:
+      total.add(logits, labels, mask)
+    except ValueError as e:
+      raise UserError(
+        f"evaluation at step {int(state.step)}: {e}; the parameters have "
+        "diverged. Lower train.learning_rate or embedding.learning_rate, or "
+        "evaluate an earlier --config.checkpoint.step"
+      ) from e
     seen += int(mask.sum())
     if time.monotonic() - last > 10:
       last = time.monotonic()

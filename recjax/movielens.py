@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 
-from recjax import formats
+from recjax import formats, parsing
 from recjax.config import Data
 from recjax.errors import UserError
-from recjax.formats import BadRows, Chunk
+from recjax.formats import Chunk
+from recjax.parsing import BadRows
 from recjax.specs import Feature, Schema
 
 URL = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
@@ -60,7 +61,7 @@ def sources(data: Data) -> dict[str, tuple[str, ...]]:
     os.path.join(directory, "users.dat"),
     os.path.join(directory, "movies.dat"),
   )
-  return {"data.train": tuple(formats.find(p, "data.train")[0] for p in paths)}
+  return {"data.train": tuple(parsing.find(p, "data.train")[0] for p in paths)}
 
 
 def _download() -> str:
@@ -153,15 +154,15 @@ def _ratings(path: str, dat: bool, bad: BadRows) -> pa.Table:
 
   def explain(fields: list[str]) -> tuple[str, str] | None:
     if fields[2] not in ("1", "2", "3", "4", "5"):
-      return "rating", f"{formats.shown(fields[2])} is not 1, 2, 3, 4 or 5"
+      return "rating", f"{parsing.shown(fields[2])} is not 1, 2, 3, 4 or 5"
     if dat and not fields[3]:
       return "timestamp", "it is empty"
     return None
 
-  columns = formats.Columns(
+  columns = parsing.Columns(
     kinds, convert, explain, separator=b"::" if dat else b"\t"
   )
-  found = [part for part, _ in formats.parse(path, columns, bad)]
+  found = [part for part, _ in parsing.parse(path, columns, bad)]
   if not found:
     raise UserError(f"{path}: no undamaged line")
   table = pa.concat_tables(found).combine_chunks()

@@ -22,7 +22,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from recjax import blocks, formats, stage, vocabulary
+from recjax import blocks, parsing, stage, vocabulary
 from recjax.config import Config
 from recjax.errors import UserError
 from recjax.frequency import Profile
@@ -244,7 +244,7 @@ def _fingerprint(path: str) -> str:
 
 def _check_same(old: dict, new: dict, directory: str) -> None:
   differ = [
-    f"{k} was {formats.shown(old.get(k))}, is now {formats.shown(new.get(k))}"
+    f"{k} was {parsing.shown(old.get(k))}, is now {parsing.shown(new.get(k))}"
     for k in sorted(old.keys() | new.keys())
     if old.get(k) != new.get(k)
   ]

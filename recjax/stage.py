@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import pyarrow as pa
 
-from recjax import formats, movielens, synthetic
+from recjax import formats, movielens, parsing, synthetic
 from recjax.config import Data
 from recjax.specs import Schema
 
@@ -103,7 +103,7 @@ def write(
       hotness=data.synthetic.hotness,
       train=os.path.join(directory, "logs", "*.tsv"),
     )
-  bad = formats.BadRows(data.max_bad_rows)
+  bad = parsing.BadRows(data.max_bad_rows)
   sizes: list[tuple[int, int]] = []
   rows = train_rows = 0
   for field, paths in format_of(data).sources(data).items():

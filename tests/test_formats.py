@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recjax import formats
+from recjax import formats, parsing
 from recjax.config import Data
 from recjax.errors import UserError
-from recjax.formats import BadRows
+from recjax.parsing import BadRows
 
 GOOD = b"1\t" + b"\t".join(b"%d" % i for i in range(13))
 GOOD += b"\t" + b"\t".join(b"c%d" % i for i in range(26)) + b"\n"
@@ -168,7 +168,7 @@ def test_damaged_lines_are_skipped_up_to_the_limit(tmp_path, lines):
 
 
 def test_line_numbers_hold_in_every_block(tmp_path, monkeypatch):
-  monkeypatch.setattr(formats, "CHUNK_BYTES", 1_000)  # a few lines
+  monkeypatch.setattr(parsing, "CHUNK_BYTES", 1_000)  # a few lines
   text = GOOD * 57 + field(GOOD, 3, b"x") + GOOD * 40 + b"\n" + GOOD
   path = tmp_path / "log.tsv.gz"
   path.write_bytes(gzip.compress(text))
@@ -178,7 +178,7 @@ def test_line_numbers_hold_in_every_block(tmp_path, monkeypatch):
 
 
 def test_an_endless_line_is_an_error(tmp_path, monkeypatch):
-  monkeypatch.setattr(formats, "CHUNK_BYTES", 1_000)
+  monkeypatch.setattr(parsing, "CHUNK_BYTES", 1_000)
   path = tmp_path / "log.bin"
   path.write_bytes(GOOD + b"x" * 5_000)
   with pytest.raises(UserError, match=r"longer than 1,000 bytes"):
@@ -217,7 +217,7 @@ def test_an_empty_gz_is_an_error(tmp_path):
 def test_files_are_found_in_natural_order(tmp_path):
   for i in (10, 2, 1):
     (tmp_path / f"day_{i}").write_bytes(GOOD)
-  found = formats.find(str(tmp_path / "day_*"), "data.train")
+  found = parsing.find(str(tmp_path / "day_*"), "data.train")
   assert [os.path.basename(p) for p in found] == ["day_1", "day_2", "day_10"]
 
 
@@ -231,4 +231,4 @@ def test_files_that_cannot_be_found(tmp_path):
     (tmp_path, r"data\.test: .* is not a file"),
   ):
     with pytest.raises(UserError, match=message):
-      formats.find(str(pattern), "data.test")
+      parsing.find(str(pattern), "data.test")

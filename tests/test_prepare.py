@@ -18,7 +18,15 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from recjax import blocks, formats, movielens, prepare, stage, vocabulary
+from recjax import (
+  blocks,
+  formats,
+  movielens,
+  parsing,
+  prepare,
+  stage,
+  vocabulary,
+)
 from recjax.config import Config, Data, Synthetic
 from recjax.errors import UserError
 
@@ -175,7 +183,7 @@ def test_chunks_and_blocks_do_not_matter(tmp_path, monkeypatch):
   log(tmp_path / "log.tsv")
   c = config(tmp_path / "log.tsv")
   whole = prepare.prepare(c, str(tmp_path / "p"), quiet)
-  monkeypatch.setattr(formats, "CHUNK_BYTES", 3_000)
+  monkeypatch.setattr(parsing, "CHUNK_BYTES", 3_000)
   monkeypatch.setattr(vocabulary, "_BATCH", 7)
   monkeypatch.setattr(blocks, "_SHARD_BYTES", 1)
   c.data.block_samples = 10
