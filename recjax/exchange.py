@@ -1,8 +1,9 @@
 """Coalesced rows to and from their owners: the tables' only collectives.
 
 A bucket is a (tier, owner) pair: buckets 0..n-1 are the owners' warm rows,
-n..2n-1 their cold rows. A row's address is its position in the order
-(bucket, slot), so that a sorted list of addresses is already bucketed.
+n..2n-1 their cold rows, and 2n holds the hot rows where their gradients are
+exchanged rather than all-reduced. A row's address is its position in the
+order (bucket, slot), so that a sorted list of addresses is already bucketed.
 
 An exchange runs in rounds, and every row belongs to one round on all devices:
 each device proposes, a bucket, the first address that does not fit its
@@ -25,19 +26,19 @@ NONE = np.int32(2**31 - 1)  # sorts behind every address
 
 
 class Route(NamedTuple):
-  """A local batch's distinct warm and cold rows, and who uses them."""
+  """A local batch's distinct rows that are exchanged, and who uses them."""
 
   addresses: jax.Array  # [L + 1] int32, ascending, then NONE
-  starts: jax.Array  # [2n + 1] int32: where each bucket begins in addresses
-  bucket: jax.Array  # [L] int32 of a lookup; 2n: hot, or no lookup
+  starts: jax.Array  # [2n + 2] int32: where each bucket begins in addresses
+  bucket: jax.Array  # [L] int32 of a lookup; 2n: hot; 2n + 1: no lookup
   index: jax.Array  # [L] int32: a lookup's row, as a position in addresses
 
 
 class Round(NamedTuple):
   """The part of each bucket that is exchanged now: [begin, end)."""
 
-  begin: jax.Array  # [2n] int32
-  end: jax.Array  # [2n] int32
+  begin: jax.Array  # [2n + 1] int32
+  end: jax.Array  # [2n + 1] int32
   more: jax.Array  # [] bool, the same on all devices
 
 
@@ -60,15 +61,28 @@ def coalesce(keys):  # [m] int32; NONE = padding
   return distinct, index
 
 
-def _bases(plan: Plan) -> np.ndarray:  # [2n + 1] int32
+def _sparse_hot(plan: Plan) -> int:
+  """Hot rows whose gradients are exchanged."""
+  return plan.hot if plan.hot_sync == "sparse" else 0
+
+
+def _bases(plan: Plan) -> np.ndarray:  # [2n + 2] int32
   """The first address of each bucket, and the end."""
-  sizes = np.repeat([plan.warm_slots, plan.cold_slots], plan.devices)
+  n = plan.devices
+  sizes = [plan.warm_slots] * n + [plan.cold_slots] * n + [_sparse_hot(plan)]
   return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
 
 
-def _capacities(plan: Plan) -> np.ndarray:  # [2n] int32
-  c = [plan.capacity_warm, plan.capacity_cold]
-  return np.repeat(c, plan.devices).astype(np.int32)
+def _capacities(plan: Plan) -> np.ndarray:  # [2n + 1] int32
+  n = plan.devices
+  hot = plan.capacity_hot if _sparse_hot(plan) else 0
+  c = [plan.capacity_warm] * n + [plan.capacity_cold] * n + [hot]
+  return np.array(c, np.int32)
+
+
+def buffer_starts(plan: Plan) -> np.ndarray:  # [2n + 2] int32
+  """Where each bucket begins in a round's buffer of rows, and its size."""
+  return np.concatenate([[0], np.cumsum(_capacities(plan))]).astype(np.int32)
 
 
 def route(ids, plan: Plan) -> Route:
@@ -77,9 +91,14 @@ def route(ids, plan: Plan) -> Route:
   cold = ids >= plan.warm_end
   rank = ids - jnp.where(cold, plan.warm_end, plan.hot)
   bucket = rank % n + jnp.where(cold, n, 0)
-  bucket = jnp.where(ids < plan.hot, 2 * n, bucket)  # hot, and -1
+  slot = rank // n
+  bucket = jnp.where(ids < plan.hot, 2 * n, bucket)
+  slot = jnp.where(ids < plan.hot, ids, slot)
+  bucket = jnp.where(ids < 0, 2 * n + 1, bucket)
   address = jnp.where(
-    ids < plan.hot, NONE, jnp.asarray(bases)[bucket] + rank // n
+    ids < (0 if _sparse_hot(plan) else plan.hot),
+    NONE,
+    jnp.asarray(bases)[bucket] + slot,
   )
   addresses, index = coalesce(address)
   addresses = jnp.append(addresses, NONE)
@@ -89,17 +108,19 @@ def route(ids, plan: Plan) -> Route:
 
 def one_round(plan: Plan, lookups: int) -> bool:
   """Whether no batch of `lookups` ids a device can overflow a buffer."""
+  n, hot = plan.devices, _sparse_hot(plan)
   return all(
-    capacity >= min(-(-rows // plan.devices), lookups)
+    capacity >= min(rows, lookups)
     for rows, capacity in (
-      (plan.warm, plan.capacity_warm),
-      (plan.cold, plan.capacity_cold),
+      (-(-plan.warm // n), plan.capacity_warm),
+      (-(-plan.cold // n), plan.capacity_cold),
+      (hot, plan.capacity_hot),
     )
   )
 
 
 def next_round(route: Route, begin, plan: Plan) -> Round:
-  """The round that starts at `begin` [2n] int32 (route.starts[:-1] first)."""
+  """The round that starts at `begin` [2n + 1] int32 (first: all starts)."""
   last = route.starts[1:]
   if one_round(plan, route.index.shape[0]):
     return Round(begin, last, jnp.zeros((), bool))
@@ -144,16 +165,26 @@ def request(route: Route, now: Round, plan: Plan):
   return tuple(out)
 
 
-def positions(route: Route, now: Round, plan: Plan):  # [L] int32
-  """Where each lookup's row lies in the buffer [n C_warm + n C_cold, d].
+def hot_slots(route: Route, now: Round, plan: Plan):
+  """[C_hot] int32: the round's hot rows of this device; padding past the end.
 
-  A lookup of another round, of a hot row or of nothing gets the end.
+  Their gradients are in the last bucket of the buffer.
   """
-  n = plan.devices
-  starts = np.concatenate([[0], np.cumsum(_capacities(plan))]).astype(np.int32)
+  at = now.begin[-1] + lax.iota(jnp.int32, plan.capacity_hot)
+  there = route.addresses[jnp.minimum(at, route.addresses.shape[0] - 1)]
+  return jnp.where(at < now.end[-1], there - _bases(plan)[-2], plan.hot)
+
+
+def positions(route: Route, now: Round, plan: Plan):  # [L] int32
+  """Where each lookup's row lies in the round's buffer; else the buffer's end.
+
+  The buffer is [n C_warm + n C_cold + C_hot, d], bucket by bucket. A lookup
+  of another round, or of nothing that is exchanged, gets the end.
+  """
+  starts = buffer_starts(plan)
   past = jnp.zeros(1, jnp.int32)
   begin = jnp.append(now.begin, past)[route.bucket]
   end = jnp.append(now.end, past)[route.bucket]
   at = jnp.asarray(starts)[route.bucket] + route.index - begin
   inside = (begin <= route.index) & (route.index < end)
-  return jnp.where(inside, at, starts[2 * n])
+  return jnp.where(inside, at, starts[-1])

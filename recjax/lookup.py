@@ -38,7 +38,6 @@ class Trip(NamedTuple):
   route: Route
   round: Round  # the first
   requests: tuple  # of the first round
-  rounds: jax.Array  # [] int32
 
 
 # ---- Pooling
@@ -139,19 +138,18 @@ def read(
       hot = hot.astype(jnp.float32)
       rows = hot if rows is None else rows + hot
     activations = pooled(rows)
-    rounds = jnp.ones((), jnp.int32)
-    if not exchange.one_round(plan, flat.shape[0]):
+    if plan.hot < plan.rows and not exchange.one_round(plan, flat.shape[0]):
 
       def more(carry):
-        activations, last, rounds = carry
+        activations, last = carry
         now = exchange.next_round(route, last.end, plan)
         got = one_round(now, exchange.request(route, now, plan))
-        return activations + pooled(got), now, rounds + 1
+        return activations + pooled(got), now
 
-      activations, _, rounds = lax.while_loop(
-        lambda c: c[1].more, more, (activations, now, rounds)
+      activations, _ = lax.while_loop(
+        lambda c: c[1].more, more, (activations, now)
       )
-  return activations, Trip(flat, coef, route, now, requests, rounds)
+  return activations, Trip(flat, coef, route, now, requests)
 
 
 # ---- Update
@@ -180,7 +178,7 @@ def _bits(ranks, plan: Plan, step, seed):
   return row_bits(ranks, plan.dim, seed + step.astype(jnp.uint32))
 
 
-def _update_hot(tier: Tier, trip: Trip, grads, plan, optimizer, step, seed):
+def _update_hot_dense(tier: Tier, trip, grads, plan, optimizer, step, seed):
   """Dense all-reduce of the replicas' gradients; untouched rows stay."""
   at = jnp.where((trip.ids >= 0) & (trip.ids < plan.hot), trip.ids, plan.hot)
   # One more column counts the uses, so that one all-reduce carries both.
@@ -197,6 +195,29 @@ def _update_hot(tier: Tier, trip: Trip, grads, plan, optimizer, step, seed):
     return jnp.where(mask, new, old)
 
   return jax.tree.map(keep, new, tier)
+
+
+def _update_hot_sparse(tier: Tier, slots, grads, plan, optimizer, step, seed):
+  """Every device gathers what all touched, and updates its replica alike.
+
+  slots [C_hot] int32, grads [C_hot, d].
+  """
+  if plan.devices > 1:
+    slots, grads = lax.all_gather((slots, grads), AXIS, tiled=True)
+    grads = grads.astype(jnp.float32)
+    slots, index = exchange.coalesce(jnp.where(slots < plan.hot, slots, NONE))
+    grads = jnp.zeros_like(grads).at[index].add(grads)
+  # Scatter wants distinct slots, the dropped ones too.
+  padding = plan.hot + lax.iota(jnp.int32, slots.shape[0])
+  slots = jnp.where(slots < plan.hot, slots, padding)
+  old = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tier)
+  bits = _bits(slots, plan, step, seed)
+  new = _new_rows(old, grads, bits, step, optimizer)
+  return jax.tree.map(
+    lambda x, y: x.at[slots].set(y, mode="drop", unique_indices=True),
+    tier,
+    new,
+  )
 
 
 def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
@@ -241,8 +262,12 @@ def update(
   optimizer: Optimizer,
   step,  # [] int32
   seed,  # [] uint32, for stochastic rounding
-) -> Tables:
-  """Every touched row updated once, with its gradient summed over all uses."""
+):
+  """Every touched row updated once, with its gradient summed over all uses.
+
+  Returns:
+    (tables, the number of rounds that it took [] int32).
+  """
   b = gradients.shape[0]
   like = jax.ShapeDtypeStruct(
     (b, trip.ids.shape[0] // b, plan.dim), jnp.float32
@@ -254,42 +279,51 @@ def update(
   grads = grads.reshape(-1, plan.dim)  # [L, d]
 
   hot = tables.hot
-  if plan.hot:
-    hot = _update_hot(hot, trip, grads, plan, optimizer, step, seed)
-  if plan.hot == plan.rows:
-    return tables._replace(hot=hot)
+  sparse = plan.hot > 0 and plan.hot_sync == "sparse"
+  if plan.hot and not sparse:
+    hot = _update_hot_dense(hot, trip, grads, plan, optimizer, step, seed)
+  if plan.hot == plan.rows and not sparse:
+    return tables._replace(hot=hot), jnp.ones((), jnp.int32)
 
   n = plan.devices
-  warm_rows = n * plan.capacity_warm
-  total = warm_rows + n * plan.capacity_cold
+  *_, hot_start, total = exchange.buffer_starts(plan)
+  cold_start = n * plan.capacity_warm
 
-  def one_round(tiers, now, requests):
+  def one_round(tiers: Tables, now, requests) -> Tables:
     at = exchange.positions(trip.route, now, plan)
     buffer = jnp.zeros((total, plan.dim)).at[at].add(grads, mode="drop")
-    parts = (buffer[:warm_rows], buffer[warm_rows:])
-    out = {}
-    for name, slots, part in zip(
-      ("warm", "cold"), requests, parts, strict=True
+    buffer = buffer.astype(exchange_dtype)
+    sharded = []
+    for name, slots, part in (
+      ("warm", requests[0], buffer[:cold_start]),
+      ("cold", requests[1], buffer[cold_start:hot_start]),
     ):
-      tier = tiers[name]
+      tier = getattr(tiers, name)
       if tier is not None:
-        part = part.reshape(n, -1, plan.dim).astype(exchange_dtype)
-        part = exchange.all_to_all(part, plan)
+        part = exchange.all_to_all(part.reshape(n, -1, plan.dim), plan)
         tier = _update_sharded(
           name, tier, slots, part, plan, optimizer, step, seed
         )
-      out[name] = tier
-    return out
+      sharded.append(tier)
+    replicas = tiers.hot
+    if sparse:
+      slots = exchange.hot_slots(trip.route, now, plan)
+      replicas = _update_hot_sparse(
+        replicas, slots, buffer[hot_start:], plan, optimizer, step, seed
+      )
+    return Tables(replicas, *sharded)
 
-  tiers = {"warm": tables.warm, "cold": tables.cold}
-  tiers = one_round(tiers, trip.round, trip.requests)
+  tables = one_round(tables._replace(hot=hot), trip.round, trip.requests)
+  rounds = jnp.ones((), jnp.int32)
   if not exchange.one_round(plan, trip.ids.shape[0]):
 
     def more(carry):
-      tiers, last = carry
+      tables, last, rounds = carry
       now = exchange.next_round(trip.route, last.end, plan)
       requests = exchange.request(trip.route, now, plan)
-      return one_round(tiers, now, requests), now
+      return one_round(tables, now, requests), now, rounds + 1
 
-    tiers, _ = lax.while_loop(lambda c: c[1].more, more, (tiers, trip.round))
-  return Tables(hot, tiers["warm"], tiers["cold"])
+    tables, _, rounds = lax.while_loop(
+      lambda c: c[1].more, more, (tables, trip.round, rounds)
+    )
+  return tables, rounds

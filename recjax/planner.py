@@ -53,6 +53,8 @@ class Plan:
   capacity_warm: int
   capacity_cold: int
   reports: tuple[TierReport, ...] = ()  # hot, warm, cold
+  hot_sync: str = "dense"  # how hot gradients meet: all-reduced, or "sparse"
+  capacity_hot: int = 0  # hot rows that a device sends a round, where "sparse"
 
   @property
   def warm(self) -> int:

@@ -10,8 +10,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-_EPS = 1e-8
-
 
 class Optimizer(NamedTuple):
   """slots: name -> True where a slot has the row's width d, False where a row
@@ -32,7 +30,7 @@ def sgd(learning_rate: float) -> Optimizer:
   return Optimizer({}, update)
 
 
-def rowwise_adagrad(learning_rate: float) -> Optimizer:
+def rowwise_adagrad(learning_rate: float, eps: float = 1e-8) -> Optimizer:
   """Adagrad with one accumulator a row, the mean of its squared gradients.
 
   As FBGEMM's EXACT_ROWWISE_ADAGRAD: a += mean_d(g^2), w -= lr g/(sqrt(a)+eps).
@@ -40,25 +38,28 @@ def rowwise_adagrad(learning_rate: float) -> Optimizer:
 
   def update(rows, slots, grads, step):
     acc = slots["acc"] + jnp.mean(grads * grads, axis=-1)
-    scale = learning_rate / (jnp.sqrt(acc) + _EPS)
+    scale = learning_rate / (jnp.sqrt(acc) + eps)
     return rows - scale[:, None] * grads, {"acc": acc}
 
   return Optimizer({"acc": False}, update)
 
 
-def adagrad(learning_rate: float) -> Optimizer:
+def adagrad(learning_rate: float, eps: float = 1e-8) -> Optimizer:
   """Duchi et al. 2011: a += g^2, w -= lr g / (sqrt(a) + eps)."""
 
   def update(rows, slots, grads, step):
     acc = slots["acc"] + grads * grads
-    rows = rows - learning_rate * grads / (jnp.sqrt(acc) + _EPS)
+    rows = rows - learning_rate * grads / (jnp.sqrt(acc) + eps)
     return rows, {"acc": acc}
 
   return Optimizer({"acc": True}, update)
 
 
 def adam(
-  learning_rate: float, beta1: float = 0.9, beta2: float = 0.999
+  learning_rate: float,
+  beta1: float = 0.9,
+  beta2: float = 0.999,
+  eps: float = 1e-8,
 ) -> Optimizer:
   """Lazy Adam: moments of untouched rows stay; bias correction by step."""
 
@@ -68,7 +69,7 @@ def adam(
     v = beta2 * slots["v"] + (1 - beta2) * grads * grads
     m_hat = m / (1 - beta1**t)
     v_hat = v / (1 - beta2**t)
-    rows = rows - learning_rate * m_hat / (jnp.sqrt(v_hat) + _EPS)
+    rows = rows - learning_rate * m_hat / (jnp.sqrt(v_hat) + eps)
     return rows, {"m": m, "v": v}
 
   return Optimizer({"m": True, "v": True}, update)

@@ -134,7 +134,7 @@ def one_round(plan):
   )
   n = plan.devices
   ids = np.zeros((n * SAMPLES, COLUMNS), np.int32)
-  begin = np.zeros((n, 2 * n), np.int32)
+  begin = np.zeros((n, 2 * n + 1), np.int32)
   args = jax.device_put((ids, begin), batch_sharding(mesh))
   compiled = jax.jit(sharded).lower(*args, np.bool(True)).compile(FAST)
 
@@ -149,7 +149,7 @@ def rounds_of(plan, ids):
   """Each round's (requested ranks [owner, peer] -> list, positions)."""
   n = plan.devices
   ids = ids.astype(np.int32)
-  begin, first, more = np.zeros((n, 2 * n), np.int32), True, True
+  begin, first, more = np.zeros((n, 2 * n + 1), np.int32), True, True
   while more:
     begins, ends, mores, requests, positions = one_round(plan)(
       ids, begin, first
@@ -259,7 +259,18 @@ def reader(plan):
     activations, trip = lookup.read(
       t, ids, None, FEATURES, plan, np.dtype(np.float32)
     )
-    return activations, trip.rounds[None]
+    _, rounds = lookup.update(
+      t,
+      trip,
+      activations,
+      FEATURES,
+      plan,
+      np.dtype(np.float32),
+      SGD,
+      np.int32(0),
+      np.uint32(0),
+    )
+    return activations, rounds[None]
 
   sharded = jax.shard_map(
     f,
