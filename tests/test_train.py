@@ -1,5 +1,6 @@
 """The whole job as a user runs it: resumed, killed, fed with bad input."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -228,3 +229,26 @@ def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
   check(r"another model: model\.top", model__top=(16,))
   check(r"another model: embedding\.dim is 4 there and 8", embedding__dim=8)
   check(r"data\.min_count", data__min_count=3)
+
+
+# ---- Real logs
+
+CRITEO = ROOT.parent / "shared" / "data" / "criteo_kaggle_80k.tsv.gz"
+
+
+@pytest.mark.skipif(not CRITEO.exists(), reason="the Criteo log is not here")
+def test_criteo_kaggle_reaches_its_auc(tmp_path):
+  spec = importlib.util.spec_from_file_location(
+    "criteo_kaggle", ROOT / "configs" / "criteo_kaggle.py"
+  )
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  config = module.get_config()
+  config.data.train = str(CRITEO)
+  config.data.test_fraction = 0.2
+  config.mesh.devices = 1
+  result = train.train(config, tmp_path, quiet)
+  assert result["samples"] == 16_000
+  assert result["auc"] >= 0.765
+  assert result["log_loss"] < 0.445
