@@ -175,7 +175,22 @@ def _new_rows(old: Tier, grads, bits, step, optimizer: Optimizer) -> Tier:
 def _bits(ranks, plan: Plan, step, seed):
   if plan.dtype == "float32":
     return None
-  return row_bits(ranks, plan.dim, seed + step.astype(jnp.uint32))
+  # Not the bits that the rows began with: their key is the seed.
+  return row_bits(ranks, plan.dim, seed + step.astype(jnp.uint32) + 1)
+
+
+def _summed(slots, grads, size: int, devices: int):
+  """Each slot once, with its gradient summed over devices, in float32.
+
+  slots [m] int32, those from `size` on are padding; grads [m, d]. The slots
+  that come back are all distinct, padding too, as scatter wants them.
+  """
+  grads = grads.astype(jnp.float32)
+  if devices > 1:  # one device sends no slot twice
+    slots, index = exchange.coalesce(jnp.where(slots < size, slots, NONE))
+    grads = jnp.zeros_like(grads).at[index].add(grads)
+  padding = size + lax.iota(jnp.int32, slots.shape[0])
+  return jnp.where(slots < size, slots, padding), grads
 
 
 def _update_hot_dense(tier: Tier, trip, grads, plan, optimizer, step, seed):
@@ -204,12 +219,7 @@ def _update_hot_sparse(tier: Tier, slots, grads, plan, optimizer, step, seed):
   """
   if plan.devices > 1:
     slots, grads = lax.all_gather((slots, grads), AXIS, tiled=True)
-    grads = grads.astype(jnp.float32)
-    slots, index = exchange.coalesce(jnp.where(slots < plan.hot, slots, NONE))
-    grads = jnp.zeros_like(grads).at[index].add(grads)
-  # Scatter wants distinct slots, the dropped ones too.
-  padding = plan.hot + lax.iota(jnp.int32, slots.shape[0])
-  slots = jnp.where(slots < plan.hot, slots, padding)
+  slots, grads = _summed(slots, grads, plan.hot, plan.devices)
   old = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tier)
   bits = _bits(slots, plan, step, seed)
   new = _new_rows(old, grads, bits, step, optimizer)
@@ -227,15 +237,9 @@ def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
   """
   host = name == "cold"
   size = tier.rows.shape[0]
-  slots, grads = slots.reshape(-1), grads.reshape(-1, plan.dim)
-  grads = grads.astype(jnp.float32)
-  if plan.devices > 1:
-    keys = jnp.where(slots < size, slots, NONE)
-    slots, index = exchange.coalesce(keys)
-    grads = jnp.zeros_like(grads).at[index].add(grads)
-  # Scatter wants distinct slots, the dropped ones too.
-  padding = size + lax.iota(jnp.int32, slots.shape[0])
-  slots = jnp.where(slots < size, slots, padding)
+  slots, grads = _summed(
+    slots.reshape(-1), grads.reshape(-1, plan.dim), size, plan.devices
+  )
   owner = lax.axis_index(AXIS).astype(jnp.int32)
   ranks = first_rank(plan, name) + slots * plan.devices + owner
   bits = _bits(ranks, plan, step, seed)
