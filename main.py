@@ -14,12 +14,13 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="A config.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Holds all that a run makes [runs/<config name>]."
 )
+_MODES = ["train", "prepare", "plan", "evaluate"]
 _MODE = flags.DEFINE_enum(
-  "mode",
-  "train",
-  ["train", "prepare", "plan", "evaluate"],
-  "train does all that is not done yet; the others that one step.",
+  "mode", "train", _MODES, "train does all that is not done yet."
 )
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of id 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many run this job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
 
 
 def parse(argv):
@@ -49,15 +50,16 @@ def main(_) -> None:
   logging.set_verbosity(logging.ERROR)
   sys.stdout.reconfigure(line_buffering=True)
   topology.keep_freed_memory()
-  from recjax import mesh, train  # JAX starts after the flags are known
+  from recjax import distributed, mesh, train  # JAX, after the flags
 
-  if _MODE.value != "plan":  # which answers for more than there can be
-    mesh.simulate_devices(config.mesh.devices)
+  job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
   try:
-    run = train.MODES[_MODE.value]
-    run(
-      config, pathlib.Path(workdir).absolute(), lambda s: print(s, flush=True)
-    )
+    with distributed.job(*job) as (index, count):
+      if _MODE.value != "plan":  # which answers for more than there can be
+        mesh.simulate_devices(config.mesh.devices, count)
+      report = lambda s: None if index else print(s, flush=True)
+      run = train.MODES[_MODE.value]
+      run(config, pathlib.Path(workdir).absolute(), report)
   except UserError as e:
     _fail(e)
 

@@ -6,9 +6,14 @@
 
 dim 128, bottom 512-256-128, three cross layers of rank 512, top
 1024-1024-512-256-1, batch 65,536. All 882,774,559 rows with Adagrad's slots
-take 904 GB: see what your machines hold first, with --mode=plan. MLPerf's
-target for this model (with its multi-hot data) is a test AUC of 0.80275; this
-config has not been run on the whole log yet.
+take 904 GB: see what your machines hold first. Before there is data, a plan is
+made from the tables' sizes and an assumed exponent, for any cluster:
+
+  python main.py --config configs/criteo_terabyte.py --mode=plan \
+    --config.mesh.devices=64 --config.plan.topology=dgx_h200
+
+MLPerf's target for this model (with its multi-hot data) is a test AUC of
+0.80275; this config has not been run on the whole log yet.
 """
 
 from recjax.config import Config
@@ -18,6 +23,11 @@ def get_config() -> Config:
   c = Config()
   c.data.format = "criteo"
   c.data.min_count = 1
+  c.data.rows = (
+    227605432, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 130229467,
+    3067956, 405282, 10, 2209, 11938, 155, 4, 976, 14, 292775614, 40790948,
+    187188510, 590152, 12973, 108, 36,
+  )  # fmt: skip
   c.embedding.dim = 128
   c.embedding.optimizer = "adagrad"
   c.embedding.learning_rate = 0.004

@@ -25,6 +25,10 @@ def get_config() -> Config:
   c.model.top = (64, 32)
   c.mesh.devices = 8
   c.plan.device_memory_mb = 4
+  # All three tiers, to see them at work; -1 lets the planner choose, and on
+  # simulated devices, which share their memory, it may leave one empty.
+  c.plan.hot_rows = 2_500
+  c.plan.warm_rows = 240_000
   c.train.batch_size = 8_192
   c.train.optimizer = "adagrad"
   c.train.learning_rate = 0.02

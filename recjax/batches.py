@@ -1,12 +1,17 @@
 """Prepared blocks -> batches of numpy arrays, at a position that resumes.
 
 Grain drives a random-access source whose item i *is* batch i of the run, so
-the position is one number: restoring it costs nothing. The order is a function
-of (seed, epoch, process) alone: blocks are permuted every epoch, and the
-samples of `shuffle_blocks` neighbours in that permutation are shuffled
-together.
+the position is one number: restoring it costs nothing. The global batches are
+a function of (seed, epoch) alone, so that a run does not depend on the number
+of processes and another number can go on with it: blocks are permuted every
+epoch, the samples of a block are shuffled, and `shuffle_blocks` neighbours in
+that permutation are a window, of which every batch takes the same part of each
+block. A global batch is in the order of its blocks, and each process takes one
+piece of it: it reads only the blocks that are its own in the window (and
+those at its edges, where the processes do not divide a window).
 """
 
+import bisect
 import collections
 import functools
 import os
@@ -22,6 +27,9 @@ from recjax.errors import UserError
 from recjax.prepare import Prepared
 
 _FOREVER = 1 << 40  # batches of a run without end
+_Piece = tuple[
+  int, int, int
+]  # block; first sample of it after its shuffle; end
 
 
 def steps_per_epoch(
@@ -29,7 +37,7 @@ def steps_per_epoch(
 ) -> int:
   """Batches an epoch: the same number on every process.
 
-  Training drops what does not fill a batch on every process; evaluation pads.
+  Training drops what does not fill a global batch; evaluation pads.
 
   Args:
     prepared: the data set.
@@ -43,19 +51,11 @@ def steps_per_epoch(
   samples = prepared.samples[split]
   if split != "train":
     return -(-samples // (batch_size * process_count))
-  block = prepared.settings["data.block_samples"]
-  blocks = -(-samples // block)
-  least = samples  # of one process, whatever the permutation
-  if process_count > 1:
-    short = blocks * block - samples  # what the last block lacks
-    least = blocks // process_count * block - short
-  steps = max(least, 0) // batch_size
+  steps = samples // (batch_size * process_count)
   if not steps:
     raise UserError(
-      f"{samples:,} training samples in blocks of {block:,}"
-      f" (data.block_samples) do not give each of {process_count} processes"
-      f" one batch of {batch_size:,}: lower train.batch_size or"
-      " data.block_samples"
+      f"{samples:,} training samples do not give each of {process_count}"
+      f" processes one batch of {batch_size:,}: lower train.batch_size"
     )
   return steps
 
@@ -88,7 +88,7 @@ def dataset(
     batch_size: local, b.
     seed: of the shuffle.
     epochs: of the data; None = without end.
-    shuffle_blocks: blocks whose samples are shuffled together.
+    shuffle_blocks: blocks of a window, that every batch draws from.
     process_index: of this process.
     process_count: P.
     threads: that read ahead.
@@ -138,9 +138,10 @@ class Batches:
     self.batch_size, self.steps, self.length = batch_size, steps, length
     self.process = process_index, process_count
     self.seed = None if seed is None else seed % 2**64  # any integer will do
-    self.window_blocks = max(1, window_blocks)
+    # The test split is in order: no block is mixed with another.
+    self.window_blocks = 1 if seed is None else max(1, window_blocks)
     self.lock = threading.Lock()
-    self.windows: collections.OrderedDict[Any, dict] = collections.OrderedDict()
+    self.recent: collections.OrderedDict[Any, dict] = collections.OrderedDict()
     self.order = functools.lru_cache(maxsize=2)(self._order)
 
   def __len__(self) -> int:
@@ -151,74 +152,127 @@ class Batches:
 
   def __getitem__(self, index) -> dict[str, np.ndarray]:
     epoch, step = divmod(int(index), self.steps)
-    start, stop = step * self.batch_size, (step + 1) * self.batch_size
+    b, (process, count) = self.batch_size, self.process
     if self.seed is None:  # this process's part of the split, in order
-      first = self.process[0] * self.steps * self.batch_size
-      start, stop = (min(first + x, self.samples) for x in (start, stop))
-    batch = self._read(epoch, start, stop)
-    size = stop - start
+      first = (process * self.steps + step) * b
+      pieces = self._pieces(0, first, first + b)
+    else:
+      first = step * b * count
+      pieces = self._pieces(epoch, first, first + b * count)
+      pieces = _part(pieces, process * b, (process + 1) * b)
+    batch = self._read(epoch, pieces)
+    size = len(batch["label"])
     batch["mask"] = np.ones(size, np.float32)
-    if size == self.batch_size:
+    if size == b:
       return batch
     return {
       a: np.concatenate(
         [
           x,
-          np.full(
-            (self.batch_size - size, *x.shape[1:]),
-            -1 if a == "ids" else 0,
-            x.dtype,
-          ),
+          np.full((b - size, *x.shape[1:]), -1 if a == "ids" else 0, x.dtype),
         ]
       )
       for a, x in batch.items()
     }
 
   def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """This process's blocks [n] in order, and the first sample of each window.
+    """All blocks in order [n], and the first sample of each window.
 
     The second ends in the number of all samples.
     """
     order = np.arange(len(self.blocks.sizes))
     if self.seed is not None:
       rng = np.random.Generator(np.random.PCG64([self.seed, epoch, 0]))
-      index, count = self.process
-      order = rng.permutation(order)[index::count]
+      order = rng.permutation(order)
     ends = np.cumsum(self.blocks.sizes[order])
     last = np.arange(self.window_blocks, len(order), self.window_blocks)
     return order, np.concatenate([[0], ends[last - 1], ends[-1:]])
 
-  def _read(self, epoch: int, start: int, stop: int) -> dict[str, np.ndarray]:
-    """Samples start..stop of the epoch of this process."""
-    _, starts = self.order(epoch)
+  def _pieces(self, epoch: int, start: int, stop: int) -> list[_Piece]:
+    """What samples start..stop of the epoch are, by their place in a window."""
+    order, starts = self.order(epoch)
+    pieces = []
     first = int(np.searchsorted(starts, start, side="right")) - 1
-    first = min(first, len(starts) - 2)
-    parts = []
     for w in range(first, len(starts) - 1):
-      if w > first and starts[w] >= stop:
+      if starts[w] >= stop:
         break
-      window = self._window(epoch, w)
-      a, b = max(start - starts[w], 0), max(stop - starts[w], 0)
-      parts.append({name: x[a:b] for name, x in window.items()})
+      n = self.window_blocks
+      blocks = order[w * n : (w + 1) * n]
+      sizes = self.blocks.sizes[blocks]
+      a = taken(sizes, max(start - starts[w], 0))
+      b = taken(sizes, min(stop, starts[w + 1]) - starts[w])
+      pieces += [
+        (place, *piece)
+        for place, piece in enumerate(zip(blocks, a, b, strict=True))
+        if piece[1] < piece[2]
+      ]
+    return [piece for _, *piece in sorted(pieces, key=lambda p: p[0])]
+
+  def _read(self, epoch: int, pieces: list[_Piece]) -> dict[str, np.ndarray]:
+    if not pieces:  # only padding
+      pieces = [(0, 0, 0)]
+    with self.lock:
+      blocks = self._shuffled(epoch, [int(p[0]) for p in pieces])
+    parts = [
+      {a: x[start:stop] for a, x in blocks[block].items()}
+      for block, start, stop in pieces
+    ]
     if len(parts) == 1:
       return parts[0]
     return {a: np.concatenate([p[a] for p in parts]) for a in parts[0]}
 
-  def _window(self, epoch: int, w: int) -> dict[str, np.ndarray]:
-    """All samples of a window, shuffled; the last few windows are kept."""
-    with self.lock:
-      if (epoch, w) in self.windows:
-        self.windows.move_to_end((epoch, w))
-        return self.windows[epoch, w]
-      order, _ = self.order(epoch)
-      n = self.window_blocks
-      window = self.blocks[order[w * n : (w + 1) * n]]
-      if self.seed is not None:
-        key = [self.seed, epoch, 1, w, self.process[0]]
-        rng = np.random.Generator(np.random.PCG64(key))
-        shuffled = rng.permutation(len(window["label"]))
-        window = {a: x[shuffled] for a, x in window.items()}
-      self.windows[epoch, w] = window
-      if len(self.windows) > 2:
-        self.windows.popitem(last=False)
-      return window
+  def _shuffled(self, epoch: int, blocks: list[int]) -> dict[int, dict]:
+    """The blocks' samples, shuffled; those of two windows are kept."""
+    missing = [
+      i for i in dict.fromkeys(blocks) if (epoch, i) not in self.recent
+    ]
+    if missing:
+      joined = self.blocks[missing]
+      ends = np.cumsum(self.blocks.sizes[missing])
+      for block, stop in zip(missing, ends, strict=True):
+        rows = np.arange(stop - self.blocks.sizes[block], stop)
+        if self.seed is not None:
+          key = [self.seed, epoch, 1, block]
+          np.random.Generator(np.random.PCG64(key)).shuffle(rows)
+        self.recent[epoch, block] = {a: x[rows] for a, x in joined.items()}
+    found = {block: self.recent[epoch, block] for block in blocks}
+    for block in blocks:
+      self.recent.move_to_end((epoch, block))
+    while len(self.recent) > max(2 * self.window_blocks, len(found)):
+      self.recent.popitem(last=False)
+    return found
+
+
+def taken(sizes, count: int) -> np.ndarray:
+  """How many samples of each block the first `count` of a window are.
+
+  They take turns: first sample 0 of each block, then sample 1, and so on; a
+  block that has no more is left out.
+
+  Args:
+    sizes: [w] int, samples of the window's blocks.
+    count: at most their sum.
+
+  Returns:
+    [w] int.
+  """
+  turns = bisect.bisect_right(
+    range(int(max(sizes)) + 1),
+    count,
+    key=lambda k: int(np.minimum(sizes, k).sum()),
+  )
+  whole = np.minimum(sizes, turns - 1)
+  rest = count - whole.sum()
+  more = sizes > whole
+  return whole + (more & (np.cumsum(more) <= rest))
+
+
+def _part(pieces: list[_Piece], start: int, stop: int) -> list[_Piece]:
+  """Samples start..stop of all that the pieces hold."""
+  part, at = [], 0
+  for block, a, b in pieces:
+    first, last = max(a, a + start - at), min(b, a + stop - at)
+    if first < last:
+      part.append((block, first, last))
+    at += b - a
+  return part

@@ -46,6 +46,7 @@ class Data:
   split: str = _choice("time", "random")  # which part is the test part
   min_count: int = 2  # rarer ids share their table's out-of-vocabulary row
   hotness: tuple[int, ...] = ()  # criteo: a feature; () = one lookup each
+  rows: tuple[int, ...] = ()  # a table's, to plan before there is data
   weighted: bool = False  # criteo: an id may end in :weight
   max_bad_rows: int = 0  # damaged lines to skip (and report) before stopping
   pooling: str = _choice("sum", "mean")  # of multi-hot features
@@ -89,6 +90,10 @@ class Plan:
   warm_rows: int = -1  # -1 = planned
   overflow_probability: float = 1e-6  # a step, all buffers together
   capacity: int = 0  # rows a peer and round of every buffer; 0 = planned
+  hot_sync: str = _choice("", "dense", "sparse")  # of gradients; "" = planned
+  topology: str = ""  # a preset's name or a JSON file; "" = this machine
+  objective: str = _choice("time", "bytes")  # what is least
+  exponent: float = 1.15  # of every table, where data.rows is planned with
 
 
 @dataclass
@@ -242,12 +247,14 @@ def _check_ranges(c: Config) -> None:
     "train.learning_rate",
   ]:
     at_least(path, 0)
-  for path in ("model.bottom", "model.top", "data.hotness"):
+  for path in ("model.bottom", "model.top", "data.hotness", "data.rows"):
     group, field = path.split(".")
     if any(x < 1 for x in getattr(getattr(c, group), field)):
       raise UserError(
         f"{path}: {getattr(getattr(c, group), field)} holds a number below 1"
       )
+  if not 0 <= c.plan.exponent <= 10:
+    raise UserError(f"plan.exponent: {c.plan.exponent} is not from 0 to 10")
   for path in ("plan.hot_rows", "plan.warm_rows", "checkpoint.step"):
     at_least(path, -1)
   if not 0 < c.plan.overflow_probability < 1:

@@ -143,7 +143,19 @@ def _tiers(plan: Plan):
 def all_to_all(x, plan: Plan):  # [n, C, ...] -> the same, a peer's part each
   if plan.devices == 1:
     return x
+  if x.dtype == jnp.bfloat16:  # as bits: XLA:CPU would send it as float32
+    bits = lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(all_to_all(bits, plan), x.dtype)
   return lax.all_to_all(x, AXIS, split_axis=0, concat_axis=0)
+
+
+def all_gather(x, plan: Plan):  # [C, ...] -> [n C, ...]
+  if plan.devices == 1:
+    return x
+  if x.dtype == jnp.bfloat16:
+    bits = lax.bitcast_convert_type(x, jnp.uint16)
+    return lax.bitcast_convert_type(all_gather(bits, plan), x.dtype)
+  return lax.all_gather(x, AXIS, tiled=True)
 
 
 def request(route: Route, now: Round, plan: Plan):

@@ -217,8 +217,8 @@ def _update_hot_sparse(tier: Tier, slots, grads, plan, optimizer, step, seed):
 
   slots [C_hot] int32, grads [C_hot, d].
   """
-  if plan.devices > 1:
-    slots, grads = lax.all_gather((slots, grads), AXIS, tiled=True)
+  slots = exchange.all_gather(slots, plan)
+  grads = exchange.all_gather(grads, plan)
   slots, grads = _summed(slots, grads, plan.hot, plan.devices)
   old = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tier)
   bits = _bits(slots, plan, step, seed)

@@ -1,26 +1,18 @@
-"""plan(profile, budgets) -> Plan: where rows live, how large buffers are.
-
-Numpy only. First form: hot rows are those whose gradients are worth an
-all-reduce, warm rows fill the devices' budget, hottest first, the rest is
-cold, and buffers are sized from the distribution of distinct rows.
-"""
+"""plan(profile, budgets, topology) -> Plan: where rows live, at what cost."""
 
 import bisect
 import dataclasses
+import inspect
 import json
+import math
 
-import numpy as np
-
-from recjax import cost
+from recjax import cost, cuts, presets, spectrum, step_cost
+from recjax.cuts import Problem
 from recjax.errors import UserError
 from recjax.frequency import Profile
-
-# A row is worth a replica from this chance of being touched by a device's
-# part of a step: the all-reduce of its gradient (2w) then moves at most twice
-# the bytes of the coalesced exchange (0.5 (2w + c) and more), and its lookup
-# leaves the forward pass's critical path. See "What a row costs", design.
-_HOT_TOUCH = 0.5
-_ID_BYTES = 4
+from recjax.spectrum import Spectrum
+from recjax.step_cost import Dense, Work
+from recjax.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +24,9 @@ class TierReport:
   share: float  # of the training split's accesses
   distinct: float  # expected rows that a device touches in a step
   buffer_bytes: int  # of a device: requests and rows, both directions
+
+
+Terms = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +49,12 @@ class Plan:
   capacity_cold: int
   reports: tuple[TierReport, ...] = ()  # hot, warm, cold
   hot_sync: str = "dense"  # how hot gradients meet: all-reduced, or "sparse"
+  capacity_hot: int = 0  # sparse: touched rows that a device shares with all
   capacity_hot: int = 0  # hot rows that a device sends a round, where "sparse"
+  topology: str = ""
+  seconds: Terms = ()  # of a step, predicted, by term
+  sent: Terms = ()  # bytes that a device sends in a step, by kind
+  memory: Terms = ()  # bytes of a device, by kind
 
   @property
   def warm(self) -> int:
@@ -67,12 +67,20 @@ class Plan:
   @property
   def warm_slots(self) -> int:
     """Rows of a device's warm shard."""
-    return _slots(self.warm, self.devices)
+    return cuts.slots_of(self.warm, self.devices)
 
   @property
   def cold_slots(self) -> int:
     """Rows of a device's cold shard, in its host's memory."""
-    return _slots(self.cold, self.devices)
+    return cuts.slots_of(self.cold, self.devices)
+
+  @property
+  def step_seconds(self) -> float:
+    return sum(x for _, x in self.seconds)
+
+  @property
+  def bytes_per_sample(self) -> float:
+    return sum(x for _, x in self.sent) * self.devices / self.batch_size
 
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -82,186 +90,233 @@ class Plan:
     """The inverse of to_json."""
     fields = json.loads(text)
     fields["reports"] = tuple(TierReport(**r) for r in fields["reports"])
+    for name in ("seconds", "sent", "memory"):
+      fields[name] = tuple((k, v) for k, v in fields.get(name, ()))
     return cls(**fields)
 
 
-def plan(
-  profile: Profile,
+def make_problem(
+  profile: Profile | Spectrum,
   *,
   devices: int,
-  hosts: int,
   batch_size: int,
   lookups: int,
   dim: int,
   dtype: str,
   slot_bytes: int,
+  overflow_probability: float | None = 1e-6,
+  topology: Topology | None = None,
+  exchange_dtype: str = "float32",
+  dense: Dense | None = None,
+  compute_dtype: str = "float32",
+  objective: str = "time",
+  train: bool = True,
+) -> Problem:
+  """What is to be planned.
+
+  Args:
+    profile: the row space, hottest first.
+    devices: n.
+    batch_size: B, global.
+    lookups: S, lookups of a sample at most.
+    dim, dtype, slot_bytes: of a row.
+    overflow_probability: of any buffer of any device in a step; None = the
+      expected rows, without padding.
+    topology: how fast the machines are; None = simulated CPU devices.
+    exchange_dtype: of rows and gradients on the wire.
+    dense, compute_dtype: the dense part of the model.
+    objective: "time" or "bytes", what is minimised.
+    train: False plans the forward pass only.
+
+  Raises:
+    UserError: the batch does not divide.
+  """
+  if batch_size % devices:
+    raise UserError(
+      f"train.batch_size: {batch_size} samples cannot be divided over "
+      f"{devices} devices; the nearest multiple is "
+      f"{max(1, round(batch_size / devices)) * devices}"
+    )
+  if isinstance(profile, Profile):
+    profile = spectrum.of_profile(profile)
+  work = Work(
+    devices=devices,
+    batch_size=batch_size,
+    lookups=lookups,
+    dim=dim,
+    row_bytes=dim * _itemsize(dtype),
+    slot_bytes=slot_bytes if train else 0,
+    wire_bytes=dim * _itemsize(exchange_dtype),
+    dense=dense or Dense(),
+    compute=compute_dtype,
+    train=train,
+  )
+  topology = topology or presets.cpu(devices)
+  return Problem(profile, work, topology, overflow_probability, objective)
+
+
+def plan(profile: Profile | Spectrum, **arguments) -> Plan:
+  """`solve` of `make_problem`, with the arguments of both."""
+  names = inspect.signature(solve).parameters
+  given = {k: arguments.pop(k) for k in list(arguments) if k in names}
+  return solve(make_problem(profile, **arguments), **given)
+
+
+def solve(
+  problem: Problem,
+  *,
+  hosts: int,
   device_bytes: int,
   host_bytes: int,
   hot_rows: int = -1,
   warm_rows: int = -1,
   capacity: int = 0,
-  overflow_probability: float = 1e-6,
+  syncs: tuple[str, ...] = cuts.HOT_SYNCS,
 ) -> Plan:
   """Chooses the cut points and the capacities.
 
   Args:
-    profile: the row space, hottest first.
-    devices: n; hosts: machines that they sit in.
-    batch_size: B, global.
-    lookups: S, lookups of a sample at most.
-    dim, dtype, slot_bytes: of a row.
+    problem: what is to be planned.
+    hosts: machines that the devices sit in.
     device_bytes: budget of a device for tables and slots.
     host_bytes: budget of a host for the same.
     hot_rows, warm_rows: the cuts, where >= 0.
     capacity: of every buffer, where > 0.
-    overflow_probability: of any buffer of any device in a step.
+    syncs: ways for hot gradients to meet, to choose from.
 
   Raises:
-    UserError: the batch does not divide, or the rows do not fit.
+    UserError: the rows do not fit.
   """
-  n, rows = devices, profile.rows
-  if batch_size % n:
-    raise UserError(
-      f"train.batch_size: {batch_size} samples cannot be divided over "
-      f"{n} devices; the nearest multiple is "
-      f"{max(1, round(batch_size / n)) * n}"
-    )
-  local = batch_size // n
-  row_bytes = dim * (4 if dtype == "float32" else 2) + slot_bytes
+  n, rows = problem.work.devices, problem.spectrum.rows
+  row_bytes = problem.work.stored
   fit = device_bytes // row_bytes  # rows a device
 
-  if hot_rows < 0:
-    replicas = _replicas(profile, n, local)
-    asked = _slots(min(max(warm_rows, 0), rows), n)
-    hot = min(replicas, max(fit - asked, 0))
+  # ---- Fits at all?
+  if hot_rows >= 0:
+    hot = min(hot_rows, rows)
+  elif warm_rows >= 0:  # more hot rows, fewer cold
+    hot = min(max(fit - cuts.slots_of(min(warm_rows, rows), n), 0), rows)
   else:
-    replicas = hot = min(hot_rows, rows)
+    hot = 0
   if hot > fit:
     raise UserError(
       f"plan.hot_rows: {hot} replicated rows of {row_bytes} bytes take "
       f"{_mb(hot * row_bytes)} MB of a device, the budget "
       f"(plan.device_memory_mb) is {_mb(device_bytes)} MB; at most {fit} fit"
     )
-  most = _most_warm(rows, hot, fit, n)
+  most = int(cuts.most_warm(rows, hot, fit, n))
   warm = most if warm_rows < 0 else min(warm_rows, rows - hot)
   if warm > most:
     raise UserError(
       f"plan.warm_rows: {warm} rows of {row_bytes} bytes over {n} devices take "
-      f"{_mb((hot + _slots(warm, n)) * row_bytes)} MB of each with the {hot} "
-      f"hot rows, the budget (plan.device_memory_mb) is {_mb(device_bytes)} "
-      f"MB; at most {most} fit"
+      f"{_mb((hot + cuts.slots_of(warm, n)) * row_bytes)} MB of each with the "
+      f"{hot} hot rows, the budget (plan.device_memory_mb) is "
+      f"{_mb(device_bytes)} MB; at most {most} fit"
     )
   cold = rows - hot - warm
-  cold_bytes = _slots(cold, n) * n * row_bytes
+  cold_bytes = cuts.slots_of(cold, n) * n * row_bytes
   if cold_bytes > hosts * host_bytes:
+    _too_small(rows, n, hosts, row_bytes, device_bytes, host_bytes, cold,
+               max(hot_rows, 0))  # fmt: skip
 
-    def fits(device_mb):  # with warm_rows = -1
-      fit = (device_mb << 20) // row_bytes
-      hot = min(replicas, fit)
-      cold = rows - hot - _most_warm(rows, hot, fit, n)
-      return _slots(cold, n) * n * row_bytes <= hosts * host_bytes
+  # ---- Cuts
+  host_rows = hosts * host_bytes // row_bytes
+  chosen = cuts.best_cuts(problem, fit, host_rows, hot_rows, warm_rows, syncs)
+  assert chosen is not None  # hot and warm from above fit
+  hot, warm_end, sync = chosen
+  return _finish(problem, hot, warm_end, sync, capacity)
 
-    now = _mb(device_bytes)
-    larger = range(now, max(now, _mb(2 * rows * row_bytes)) + 1)
-    enough = larger[bisect.bisect_left(larger, True, key=fits)]
-    raise UserError(
-      f"plan.host_memory_mb: {cold} cold rows of {row_bytes} bytes take "
-      f"{_mb(cold_bytes)} MB, {_mb(cold_bytes - hosts * host_bytes)} MB more "
-      f"than the {_mb(hosts * host_bytes)} MB of {hosts} host(s). It fits with "
-      f"plan.host_memory_mb={_mb(-(-cold_bytes // hosts))}, or with "
-      f"plan.device_memory_mb={enough} and plan.warm_rows=-1, or on more "
-      "devices"
-    )
 
-  cuts = ((0, hot), (hot, hot + warm), (hot + warm, rows))
-  means, reports, capacities = [], [], []
-  buffers = 2 * n * n  # (tier, device, peer)
-  for name, (start, stop) in zip(("hot", "warm", "cold"), cuts, strict=True):
-    distinct, top = _distinct(profile, start, stop, local)
-    means.append(distinct)
+def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
+  """The plan of chosen cuts: capacities and reports."""
+  s, work = problem.spectrum, problem.work
+  n, rows = work.devices, s.rows
+  uses = s.below(s.uses)
+  ranges = ((0, hot), (hot, warm_end), (warm_end, rows))
+  slots = {
+    "hot": hot,
+    "warm": cuts.slots_of(warm_end - hot, n),
+    "cold": cuts.slots_of(rows - warm_end, n) * n,
+  }
+  reports, capacities = [], []
+  for name, (start, stop) in zip(slots, ranges, strict=True):
     c = 0
-    if name != "hot" and stop > start:
-      # Cyclic in rank: no owner has more than its n-th part and one row.
-      c = capacity or cost.capacity(
-        distinct / n + top, overflow_probability / buffers
-      )
-      c = min(c, -(-(stop - start) // n), local * lookups)
+    if name != "hot":
+      size = stop - start
+      c = int(problem.buffers(start, stop)) // n
+      if capacity and size:
+        c = min(capacity, -(-size // n), work.ids)
       capacities.append(c)
-    elif name != "hot":
-      capacities.append(0)
-    held = {"hot": hot, "warm": _slots(warm, n), "cold": _slots(cold, n) * n}
-    held = held[name]
     reports.append(
       TierReport(
         rows=stop - start,
-        bytes=held * row_bytes,
-        share=float(profile.counts[start:stop].sum())
-        / max(profile.accesses, 1),
-        distinct=distinct,
-        buffer_bytes=n * c * 2 * (_ID_BYTES + 4 * dim),
+        bytes=slots[name] * work.stored,
+        share=float(uses.between(start, stop)) / max(float(uses(rows)), 1e-30),
+        distinct=float(problem.distinct(start, stop)),
+        buffer_bytes=n * c * 2 * (cost.ID_BYTES + 4 * work.dim),
       )
     )
+  warm, cold = (n * c for c in capacities)
+  gathered = problem.gathered(hot, sync)
   return Plan(
     devices=n,
-    batch_size=batch_size,
+    batch_size=work.batch_size,
     rows=rows,
-    dim=dim,
-    dtype=dtype,
+    dim=work.dim,
+    dtype="float32" if work.row_bytes == 4 * work.dim else "bfloat16",
     hot=hot,
-    warm_end=hot + warm,
+    warm_end=warm_end,
     capacity_warm=capacities[0],
     capacity_cold=capacities[1],
     reports=tuple(reports),
+    hot_sync=sync,
+    capacity_hot=0 if gathered is None else math.ceil(gathered),
+    topology=problem.topology.name,
+    seconds=_terms(
+      step_cost.step_seconds(work, problem.topology, hot, warm, cold, gathered)
+    ),
+    sent=_terms(step_cost.sent_bytes(work, hot, warm, cold, gathered)),
+    memory=_terms(
+      step_cost.device_bytes(work, hot, slots["warm"], warm + cold)
+    ),
   )
 
 
-def _slots(rows: int, devices: int) -> int:
-  """A device's part of a tier, padded by less than 1/128.
-
-  The padded size has a large power of two as a factor, so that a checkpoint
-  can store a shard in equal chunks.
-  """
-  slots = -(-rows // devices)
-  unit = 1 << max(0, slots.bit_length() - 8)
-  return -(-slots // unit) * unit
+def _terms(of: dict) -> Terms:
+  return tuple((k, float(v)) for k, v in of.items())
 
 
-def _slots_within(room: int) -> int:
-  """The largest padded size that is at most `room`."""
-  unit = 1 << max(0, room.bit_length() - 8)
-  return room // unit * unit
+def _too_small(
+  rows, n, hosts, row_bytes, device_bytes, host_bytes, cold, replicas
+):
+  """Raises: which budget is too small, by how much, and what would do."""
+  cold_bytes = cuts.slots_of(cold, n) * n * row_bytes
+
+  def fits(device_mb):  # with warm_rows = -1
+    fit = (device_mb << 20) // row_bytes
+    hot = min(replicas, fit)
+    cold = rows - hot - int(cuts.most_warm(rows, hot, fit, n))
+    return cuts.slots_of(cold, n) * n * row_bytes <= hosts * host_bytes
+
+  now = _mb(device_bytes)
+  larger = range(now, max(now, _mb(2 * rows * row_bytes)) + 1)
+  enough = larger[bisect.bisect_left(larger, True, key=fits)]
+  raise UserError(
+    f"plan.host_memory_mb: {cold} cold rows of {row_bytes} bytes take "
+    f"{_mb(cold_bytes)} MB, {_mb(cold_bytes - hosts * host_bytes)} MB more "
+    f"than the {_mb(hosts * host_bytes)} MB of {hosts} host(s). It fits with "
+    f"plan.host_memory_mb={_mb(-(-cold_bytes // hosts))}, or with "
+    f"plan.device_memory_mb={enough} and plan.warm_rows=-1, or on more "
+    "devices"
+  )
 
 
-def _most_warm(rows: int, hot: int, fit: int, devices: int) -> int:
-  """Rows that may be warm where `fit` rows fit a device and `hot` are hot."""
-  return min(rows - hot, _slots_within(fit - hot) * devices)
+def _itemsize(dtype: str) -> int:
+  return 4 if dtype == "float32" else 2
 
 
 def _mb(size: int) -> int:
   return -(-int(size) >> 20)
-
-
-_SLICE = 1 << 24  # rows at a time, so that temporaries stay small
-
-
-def _replicas(profile: Profile, n: int, local: int) -> int:
-  """Rows that a device's part of a step touches more often than not."""
-  if n == 1:
-    return 0
-  # pi(b) >= touch <=> count >= samples (1 - (1 - touch)^(1/b)); descending.
-  least = profile.samples * -np.expm1(np.log1p(-_HOT_TOUCH) / local)
-  return bisect.bisect_right(profile.counts, -least, key=lambda c: -c)
-
-
-def _distinct(profile: Profile, start: int, stop: int, local: int):
-  """(expected distinct rows of [start, stop) in b samples, the top row's)."""
-  total, top = 0.0, 0.0
-  for at in range(start, stop, _SLICE):
-    p = profile.frequencies(at, min(at + _SLICE, stop))
-    touched = cost.touch_probability(p, local)
-    total += float(touched.sum())
-    top = max(top, float(touched[0]))
-  return total, top
 
 
 def describe(plan: Plan) -> str:
@@ -283,4 +338,17 @@ def describe(plan: Plan) -> str:
       f"{name:5} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
       f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
     )
+  if plan.seconds:
+    total = plan.step_seconds
+    lines.append(
+      f"predicted on {plan.topology}: {total * 1e3:,.3f} ms a step, "
+      f"{plan.batch_size / total:,.0f} samples/s, "
+      f"{plan.bytes_per_sample:,.0f} bytes a sample"
+    )
+    for title, terms, scale, unit in (
+      ("time", plan.seconds, 1e3, "ms"),
+      ("memory of a device", plan.memory, 2**-20, "MB"),
+    ):
+      parts = [f"{k} {v * scale:,.3g}" for k, v in terms if v * scale >= 5e-4]
+      lines.append(f"  {title} ({unit}): {', '.join(parts)}")
   return "\n".join(lines)

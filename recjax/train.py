@@ -1,5 +1,6 @@
 """The job: prepare, plan, train with checkpoints, evaluate; read downward."""
 
+import contextlib
 import pathlib
 import time
 from collections.abc import Callable
@@ -12,14 +13,14 @@ import optax
 from recjax import (
   batches,
   checkpoint,
+  distributed,
   evaluate,
   frequency,
   metrics,
   models,
-  planner,
+  planning,
   sparse_optim,
   tables,
-  topology,
   train_step,
 )
 from recjax import (
@@ -37,54 +38,55 @@ Report = Callable[[str], None]
 
 def prepare(config: Config, workdir: pathlib.Path, report: Report) -> Prepared:
   """Logs -> prepared data set, vocabulary and profile, in workdir/data."""
-  prepared = prepare_lib.prepare(config, str(workdir / "data"), report)
+  directory = str(workdir / "data")
+  prepared = distributed.first_alone(
+    lambda: prepare_lib.prepare(config, directory, report)
+  )
+  if distributed.from_first(lambda: prepared.vocabulary) != prepared.vocabulary:
+    raise UserError(
+      f"{directory} holds another vocabulary than on process 0: let all "
+      "processes share one --workdir, or copy process 0's there"
+    )
   report(frequency.describe(prepared.profile))
   return prepared
 
 
 def plan(
-  config: Config, prepared: Prepared, workdir: pathlib.Path, report: Report
+  config: Config,
+  prepared: Prepared | None,
+  workdir: pathlib.Path,
+  report: Report,
 ) -> Plan:
-  """Profile and budgets -> plan.json. For any number of devices."""
+  """Profile, budgets and topology -> plan.json; for any number of devices.
+
+  Without a prepared data set, from the table sizes in data.rows.
+  """
   devices = config.mesh.devices or jax.device_count()
-  here = devices <= jax.device_count()
-  hosts = jax.process_count()
-  if not here:
+  hosts = distributed.machines()
+  if devices > jax.device_count():
     hosts = -(-devices // config.mesh.devices_per_host)
   local = jax.local_devices()[0]
   limit = None
   if local.platform != "cpu":
     limit = (local.memory_stats() or {}).get("bytes_limit")
-  device_bytes, host_bytes = topology.memory_budgets(
-    config.plan.device_memory_mb,
-    config.plan.host_memory_mb,
-    -(-devices // hosts),
-    limit,
-  )
-  result = planner.plan(
-    prepared.profile,
-    devices=devices,
-    hosts=hosts,
-    batch_size=config.train.batch_size,
-    lookups=prepared.schema.columns,
-    dim=config.embedding.dim,
-    dtype=config.embedding.dtype,
-    slot_bytes=sparse_optim.slot_bytes(
-      config.embedding.optimizer, config.embedding.dim
-    ),
-    device_bytes=device_bytes,
-    host_bytes=host_bytes,
-    hot_rows=config.plan.hot_rows,
-    warm_rows=config.plan.warm_rows,
-    capacity=config.plan.capacity,
-    overflow_probability=config.plan.overflow_probability,
-  )
-  workdir.mkdir(parents=True, exist_ok=True)
-  part = workdir / "plan.json.part"
-  part.write_text(result.to_json())
-  part.rename(workdir / "plan.json")
-  report(planner.describe(result))
-  return result
+
+  def make():
+    return planning.run(
+      config,
+      prepared,
+      workdir,
+      report,
+      devices=devices,
+      hosts=hosts,
+      kind=local.device_kind,
+      device_limit=limit,
+      slot_bytes=sparse_optim.slot_bytes(
+        config.embedding.optimizer, config.embedding.dim
+      ),
+    ).to_json()
+
+  # Machines differ a little in their memory: one plan for all.
+  return Plan.from_json(distributed.from_first(make))
 
 
 # ---- Model and state
@@ -252,13 +254,15 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     process_index=jax.process_index(),
     process_count=processes,
   )
+  directory.mkdir(parents=True, exist_ok=True)  # on all, or none looks
   first = checkpoint.newest(directory) or 0
   if first:
     state, meta = _restore(
       config, prepared, directory, first, state, model, mesh, report
     )
     data.set_state(meta["position"])
-  prepare_lib.copy_vocabulary(prepared, str(directory))
+  if jax.process_index() == 0:
+    prepare_lib.copy_vocabulary(prepared, str(directory))
 
   # ---- Step
   step_fn = train_step.make_train_step(model, mesh)
@@ -267,7 +271,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
   # ---- Loop
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
-    metrics.MetricsWriter(workdir, first) as writer,
+    _writer(workdir, first) as write,
   ):
 
     def save(step):
@@ -283,7 +287,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
       )
 
     expected = sum(r.distinct for r in plan_.reports[1:])
-    log = _Log(config, steps, first, expected, writer, report, saver, directory)
+    log = _Log(config, steps, first, expected, write, report, saver, directory)
     for step in range(first + 1, steps + 1):
       batch = next(data)
       batch.pop("mask")
@@ -298,21 +302,31 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     # ---- Evaluate
     step = max(steps, first)
     result = _evaluate(config, prepared, model, state, mesh, report)
-    writer.write(step, "test", result)
+    write(step, "test", result)
   report(_summary(step, result, prepared))
   return result
+
+
+@contextlib.contextmanager
+def _writer(workdir, first):
+  """metrics.MetricsWriter.write on process 0; the others write nothing."""
+  if jax.process_index():
+    yield lambda *_: None
+    return
+  with metrics.MetricsWriter(workdir, first) as writer:
+    yield writer.write
 
 
 class _Log:
   """Fetches a step's metrics after the next step was dispatched."""
 
   def __init__(
-    self, config, steps, first, expected, writer, report, saver, directory
+    self, config, steps, first, expected, write, report, saver, directory
   ):
     self._expected = expected  # distinct rows, by the plan
     self._every = config.train.log_every_steps
     self._batch_size, self._steps = config.train.batch_size, steps
-    self._writer, self._report = writer, report
+    self._put, self._report = write, report
     self._saver, self._directory = saver, directory
     self._pending: tuple | None = None
     self._window: list[dict] = []
@@ -349,7 +363,7 @@ class _Log:
     }
     mean["rounds"] = max(w["rounds"] for w in self._window)
     mean["samples_per_second"] = rate * self._batch_size
-    self._writer.write(step, "train", mean)
+    self._put(step, "train", mean)
     self._report(
       f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "
       f"{mean['samples_per_second']:,.0f} samples/s, "
@@ -362,7 +376,9 @@ class _Log:
 
 
 def prepare_and_plan(config, workdir, report) -> Plan:
-  return plan(config, prepare(config, workdir, report), workdir, report)
+  assumed = config.data.rows and not config.data.train
+  prepared = None if assumed else prepare(config, workdir, report)
+  return plan(config, prepared, workdir, report)
 
 
 MODES = {

@@ -154,6 +154,73 @@ def test_processes_share_the_samples(prepared, count, size):
       assert len(seen) == steps * size * count
 
 
+@settings(
+  max_examples=15,
+  deadline=None,
+  suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(2, 5), st.integers(1, 10), st.integers(1, 5))
+def test_global_batches_are_the_same_for_any_processes(
+  prepared, count, size, window
+):
+  def read(index, processes, size):
+    dataset = batches.dataset(
+      prepared,
+      "train",
+      size,
+      epochs=2,
+      seed=3,
+      shuffle_blocks=window,
+      process_index=index,
+      process_count=processes,
+    )
+    return [numbers(b) for b in dataset]
+
+  alone = read(0, 1, size * count)
+  parts = [read(i, count, size) for i in range(count)]
+  assert [flat(p) for p in zip(*parts, strict=True)] == alone
+
+
+def test_a_process_reads_its_own_blocks_only(prepared, monkeypatch):
+  """15 full blocks in windows of 4: each of 4 processes reads a quarter."""
+  read = []
+  getitem = blocks.Blocks.__getitem__
+  monkeypatch.setattr(
+    blocks.Blocks,
+    "__getitem__",
+    lambda self, indices: read.extend(indices) or getitem(self, indices),
+  )
+  shards = []
+  for index in range(4):
+    read.clear()
+    source = batches.dataset(
+      prepared,
+      "train",
+      4,
+      shuffle_blocks=4,
+      process_index=index,
+      process_count=4,
+    )
+    for _ in range(8):  # two windows, both full
+      next(source)
+    del source
+    shards.append(list(read))
+  assert all(len(shard) == len(set(shard)) for shard in shards)
+  first_two = [set(shard[:2]) for shard in shards]
+  assert len(set.union(*first_two)) == 8
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_blocks_take_turns(sizes, data):
+  """Against dealing the samples one by one."""
+  count = data.draw(st.integers(0, sum(sizes)))
+  turns = [(k, w) for w, size in enumerate(sizes) for k in range(size)]
+  dealt = [w for _, w in sorted(turns)[:count]]
+  want = [dealt.count(w) for w in range(len(sizes))]
+  got = batches.taken(np.array(sizes), count)
+  assert got.tolist() == want
+
+
 @pytest.mark.parametrize(("size", "count"), [(251, 1), (16, 17), (100, 4)])
 def test_too_few_samples_for_a_batch(prepared, size, count):
   with pytest.raises(UserError, match=r"lower train\.batch_size"):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax import cost
+from recjax import cost, presets
 
 probabilities = st.floats(0, 1, allow_nan=False)
 
@@ -103,3 +103,121 @@ def test_random_sums_of_bernoullis_stay_below_the_bound(seed, probability):
   over = (sums > cost.capacity(p.sum(), probability)).mean()
   deviation = math.sqrt(probability * (1 - probability) / trials)
   assert over <= probability + 5 * deviation
+
+
+def test_hundred_thousand_batches_never_pass_the_bound():
+  """Distinct rows of an owner's buffer, with the variance of negatively
+  associated rows: overflows of every capacity are rarer than its bound."""
+  rng = np.random.default_rng(3)
+  rows, samples, n = 400, 48, 4
+  p = np.arange(1, rows + 1) ** -1.1
+  edges = np.cumsum(p / p.sum())
+  pi = cost.touch_probability(p / p.sum(), samples)[::n]
+  mean, variance = pi.sum(), cost.variance_bound(pi)
+  counts = np.zeros(rows, np.int64)
+  for _ in range(10):
+    ids = np.searchsorted(edges, rng.random((10_000, samples)))
+    owned = np.zeros((10_000, rows), bool)
+    np.put_along_axis(owned, np.minimum(ids, rows - 1), True, axis=1)
+    counts += np.bincount(owned[:, ::n].sum(1), minlength=rows)
+  found = counts @ np.arange(rows) / 1e5
+  assert abs(found / mean - 1) < 5e-3
+  assert counts @ (np.arange(rows) - found) ** 2 / 1e5 <= variance * 1.01
+  for chance in (0.5, 0.1, 1e-2, 1e-3, 1e-4):
+    capacity = cost.capacity(mean, chance, variance)
+    assert counts[capacity + 1 :].sum() / 1e5 <= chance
+    assert cost.overflow_bound(mean, capacity, variance) <= chance
+    assert capacity <= cost.capacity(mean, chance)
+
+
+# ---- Bytes of a placement
+
+
+def simulate(n, b, rows, hotness, seed=0):
+  """ids [n, b, h] of a power law, and the probability of a lookup."""
+  rng = np.random.default_rng(seed)
+  r = np.arange(1, rows + 1) ** -1.1
+  r /= r.sum()
+  return rng.choice(rows, (n, b, hotness), p=r), r
+
+
+def test_bytes_are_those_of_simulated_exchanges():
+  n, b, rows, h, w = 4, 300, 500, 3, 64
+  found = dict.fromkeys(("plain", "once", "two", "gathered", "host"), 0.0)
+  trials = 60
+  for seed in range(trials):
+    ids, r = simulate(n, b, rows, h, seed)
+    distinct = [np.unique(x) for x in ids]
+    nodes = [np.unique(ids[:2]), np.unique(ids[2:])]
+    for k, mine in enumerate(distinct):
+      # A bag asks for each of its rows once.
+      bags = sum(len(np.unique(bag[bag % n != k])) for bag in ids[k])
+      found["plain"] += bags * (2 * w + 4) / n
+      found["once"] += (mine % n != k).sum() * (2 * w + 4) / n
+      found["gathered"] += len(mine) * (n - 1) * (w + 4) / n
+    for k, there in enumerate(nodes):
+      found["two"] += (there % 4 // 2 != k).sum() * (2 * w + 4) / n
+    found["host"] += len(np.unique(ids)) * (2 * w + 4) / n
+  p = cost.bag_probability(r, h)
+  pi = cost.touch_probability(p, b)
+  want = {
+    "plain": cost.uncoalesced_bytes(p, b, w, n),
+    "once": cost.coalesced_bytes(pi, w, n),
+    "two": cost.two_stage_bytes(cost.touch_probability(p, 2 * b), w, 2, 2),
+    "gathered": cost.gathered_bytes(pi, w, n),
+    "host": cost.host_bytes(cost.touch_probability(p, n * b), w, 0, n),
+  }
+  for name, (forward, backward) in want.items():
+    total = float(np.sum(forward) + np.sum(backward))
+    assert found[name] / trials == pytest.approx(total, rel=0.01), name
+
+
+@settings(deadline=None)
+@given(
+  st.floats(0, 1),
+  st.integers(1, 1_000),
+  st.sampled_from([2, 8, 64]),
+  st.sampled_from([64, 512]),
+)
+def test_which_placement_sends_least(p, b, n, w):
+  """What the design says of the table of placements."""
+  pi = float(cost.touch_probability(np.array([p]), b)[0])
+  once = sum(cost.coalesced_bytes(pi, w, n))
+  assert once <= sum(cost.uncoalesced_bytes(p, b, w, n)) * (1 + 1e-9)
+  # Replicas never save bytes against a coalesced exchange, but for the ids.
+  assert sum(cost.all_reduced_bytes(w, n)) >= once - 4 * (n - 1) / n - 1e-9
+  # Long bags that share no rows: pooled at the owner.
+  h = 100
+  pooled = sum(cost.pooled_bytes(1.0, b, h, w, n))
+  assert pooled <= sum(cost.uncoalesced_bytes(1.0, b, w, n)) * h
+  split = sum(cost.pooled_bytes(1.0, b, h, w, n, owners=4))
+  assert pooled < split <= 4 * pooled
+
+
+# ---- Seconds of a collective
+
+
+@pytest.mark.parametrize(
+  "seconds",
+  [cost.all_to_all_seconds, cost.all_reduce_seconds, cost.all_gather_seconds],
+)
+@pytest.mark.parametrize("name", ["dgx_h100", "tpu_v5e", "tpu_v5p"])
+def test_collectives(seconds, name):
+  t = presets.PRESETS[name]
+  assert seconds(1e6, 1, t) == 0
+  for n in (2, 8, 64, 512):
+    times = [float(seconds(x, n, t)) for x in (0.0, 1.0, 1e6, 1e9)]
+    assert times[0] == 0
+    assert times == sorted(times)
+    assert times[1] >= t.link_latency
+    # The bytes that must pass a device's links, at most.
+    assert times[3] >= 1e9 * (min(n, t.node_devices) - 1) / n / t.link
+  if t.torus == 0:  # more nodes, slower network in the way
+    assert seconds(1e9, 64, t) > seconds(1e9, 8, t)
+
+
+def test_a_torus_is_bound_by_its_bisection():
+  """v5e's page: 1.6 TB/s for a pod of 256, half of half the bytes cross."""
+  t = presets.PRESETS["tpu_v5e"]
+  seconds = cost.all_to_all_seconds(1e9, 256, t) - t.link_latency
+  assert seconds == pytest.approx(256 / 4 * 1e9 / (0.75 * 1.6e12), rel=1e-6)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -312,6 +313,21 @@ def test_bfloat16_exchange_stays_close():
   got = rank_order(state.tables, plan).rows
   assert not np.array_equal(got, rows)
   np.testing.assert_allclose(got, rows, atol=2e-2)
+
+
+def test_bfloat16_exchange_sends_two_bytes():
+  plan = make_plan(8, "mixed_sparse", 0)
+  model, mesh, state = build(
+    FEATURES["one_hot"], plan, "sgd", exchange_dtype=jnp.bfloat16
+  )
+  batch = jax.device_put(
+    next(batches(FEATURES["one_hot"])), batch_sharding(mesh)
+  )
+  step = train_step.make_train_step(model, mesh)
+  text = step.lower(state, batch).compile().as_text()
+  of = re.findall(r"= \(?(\w+)\[.*? (all-to-all|all-gather)\(", text)
+  assert {("u16", "all-to-all"), ("u16", "all-gather")} <= set(of)
+  assert not {dtype for dtype, _ in of} & {"f32", "bf16"}
 
 
 @pytest.mark.parametrize("tiers", ["hot", "warm", "cold"])

@@ -1,0 +1,299 @@
+"""The usual placements of embedding tables, costed by the same model.
+
+Each returns a `Placed` for the problem that a plan was made for. Time terms
+are those of step_cost.py; what does not fit says so instead of a time.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from recjax import cost, step_cost
+from recjax.cuts import Problem
+from recjax.planner import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+  """A placement's prediction."""
+
+  name: str
+  seconds: float  # of a step; nan where it does not fit
+  bytes_per_sample: float
+  device_bytes: float  # tables and slots of the fullest device
+  host_bytes: float  # of all hosts
+  note: str = ""
+
+
+def of_plan(problem: Problem, plan: Plan) -> Placed:
+  return Placed(
+    "recjax",
+    plan.step_seconds,
+    plan.bytes_per_sample,
+    (plan.hot + plan.warm_slots) * problem.work.stored,
+    plan.cold_slots * plan.devices * problem.work.stored,
+    f"{plan.hot:,} hot, {plan.warm:,} warm, {plan.cold:,} cold rows",
+  )
+
+
+def compare(
+  problem: Problem, plan: Plan, device_bytes: int, host_bytes: int
+) -> tuple[Placed, ...]:
+  """The plan and the usual placements; host_bytes of all hosts together."""
+  budgets = (device_bytes, host_bytes)
+  return (
+    of_plan(problem, plan),
+    row_wise(problem, *budgets),
+    fae(problem, *budgets),
+    table_wise(problem, *budgets),
+    hugectr(problem, *budgets),
+  )
+
+
+# ---- By rows
+
+
+def row_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
+  """Every row sharded, every lookup sent: TorchRec's row-wise, no coalescing.
+
+  Where the devices are too small, the coldest rows are on the host, too.
+  """
+  s, work, t = problem.spectrum, problem.work, problem.topology
+  n, rows = work.devices, s.rows
+  warm = min(rows, device_bytes // work.stored * n)
+  uses = s.below(s.uses * work.local)
+  near, far = float(uses(warm)), float(uses.between(warm, rows))
+  return _placed(
+    "row-wise, not coalesced",
+    problem,
+    step_cost.step_seconds(work, t, 0.0, near, far),
+    step_cost.sent_bytes(work, 0.0, near, far),
+    (warm / n * work.stored, (rows - warm) * work.stored),
+    (device_bytes, host_bytes),
+    f"{rows - warm:,} rows on the host" if warm < rows else "",
+  )
+
+
+def fae(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
+  """The hottest rows replicated to the budget, the rest on the host.
+
+  FAE (Adnan et al., VLDB 2021, Accelerating recommendation system training by
+  leveraging popular choices), without its sorting of batches. Replicas'
+  gradients meet in the cheaper way: all-reduced, or those of touched rows.
+  """
+  s, work, t = problem.spectrum, problem.work, problem.topology
+  rows, n = s.rows, work.devices
+  hot = min(rows, device_bytes // (work.stored + 4 * (work.dim + 1)))
+  cold = problem.buffers(hot, rows)
+  ways = [
+    (
+      step_cost.step_seconds(work, t, float(hot), 0.0, float(cold), gathered),
+      step_cost.sent_bytes(work, float(hot), 0.0, float(cold), gathered),
+    )
+    for gathered in (None, problem.gathered(hot, "sparse"))
+  ]
+  seconds, sent = min(ways, key=lambda way: sum(way[0].values()))
+  return _placed(
+    "FAE: replicas and host",
+    problem,
+    seconds,
+    sent,
+    (hot * work.stored, (rows - hot) * work.stored),
+    (device_bytes, host_bytes),
+    f"{hot:,} replicas on each of {n} devices",
+  )
+
+
+# ---- By tables
+
+
+def table_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
+  """Whole tables, greedily: the costliest next, onto the least loaded device.
+
+  Owners pool; a device does the lookups of all samples in its tables.
+  """
+  tables, work = problem.spectrum.tables, problem.work
+  shards = [(i, 1, t.hotness, t.rows) for i, t in enumerate(tables)]
+  load = _greedy(problem, shards, device_bytes)
+  if load is None:
+    largest = max(t.rows for t in tables) * work.stored
+    return Placed(
+      "table-wise, greedy",
+      np.nan,
+      np.nan,
+      largest,
+      0.0,
+      f"does not fit: the largest table takes {size(largest)}",
+    )
+  return _by_tables("table-wise, greedy", problem, shards, load, 0)
+
+
+def hugectr(
+  problem: Problem,
+  device_bytes: int,
+  host_bytes: int,
+  replicate_mb: float = 1.0,
+  memory_weight: float = 1.0,
+  rounds: int = 20,
+) -> Placed:
+  """HugeCTR's rule: small tables replicated, hot or large ones split.
+
+  A shard costs hotness / splits + memory_weight x its part of the memory;
+  greedy onto the least loaded device. Then the hottest or, where memory is
+  short, the largest table is split by two, at most 20 times; the best is kept.
+  (NVIDIA HugeCTR and MLPerf training's dlrm_dcnv2 sharding plan, "auto".)
+  """
+  tables, work = problem.spectrum.tables, problem.work
+  small = replicate_mb * 2**20
+  replicas = sum(t.rows for t in tables if t.rows * work.stored <= small)
+  sharded = {i: 1 for i, t in enumerate(tables) if t.rows * work.stored > small}
+  room = device_bytes - replicas * work.stored
+  best = None
+  for _ in range(rounds):
+    shards = [
+      (i, k, tables[i].hotness / k, -(-tables[i].rows // k))
+      for i, k in sharded.items()
+      for _ in range(k)
+    ]
+    load = _greedy(problem, shards, room, memory_weight)
+    if load is not None:
+      placed = _by_tables("HugeCTR's rule", problem, shards, load, replicas)
+      if best is None or placed.seconds < best.seconds:
+        best = placed
+    if not sharded:
+      break
+    by = (
+      (lambda i: tables[i].hotness / sharded[i])
+      if load is not None
+      else (lambda i: tables[i].rows / sharded[i])
+    )
+    able = [i for i in sharded if 2 * sharded[i] <= work.devices]
+    if not able:
+      break
+    sharded[max(able, key=by)] *= 2
+  if best is not None:
+    return best
+  total = sum(t.rows for t in tables) * work.stored
+  return Placed(
+    "HugeCTR's rule",
+    np.nan,
+    np.nan,
+    total / work.devices,
+    0.0,
+    f"does not fit: {size(total)} of tables",
+  )
+
+
+def _greedy(problem, shards, device_bytes, memory_weight=0.0):
+  """shards [(table, splits, hotness, rows)] -> (device of each) or None.
+
+  The costliest shard first, onto the least loaded device with room.
+  """
+  n, stored = problem.work.devices, problem.work.stored
+  whole = sum(rows for *_, rows in shards) or 1
+  of = [h + memory_weight * n * rows / whole for _, _, h, rows in shards]
+  load, held = np.zeros(n), np.zeros(n)
+  used: list[set[int]] = [set() for _ in range(n)]
+  where = [0] * len(shards)
+  order = sorted(range(len(shards)), key=lambda i: (-of[i], -shards[i][3]))
+  for i in order:
+    table, _, _, rows = shards[i]
+    free = held + rows * stored <= device_bytes
+    free &= np.array([table not in u for u in used])
+    if not free.any():
+      return None
+    to = int(np.argmin(np.where(free, load, np.inf)))
+    where[i] = to
+    load[to] += of[i]
+    held[to] += rows * stored
+    used[to].add(table)
+  return where
+
+
+def _by_tables(name, problem, shards, where, replicas) -> Placed:
+  """Tables pooled at their owners: the busiest device decides."""
+  work, t = problem.work, problem.topology
+  n, b, wide = work.devices, work.local, 4 * work.dim
+  lookups, vectors, held = np.zeros(n), np.zeros(n), np.zeros(n)
+  splits = {}
+  for (table, k, hotness, rows), to in zip(shards, where, strict=True):
+    lookups[to] += hotness * work.batch_size
+    vectors[to] += min(hotness, 1.0) * work.batch_size  # a partial sum a bag
+    held[to] += rows
+    splits[table] = k
+  train = float(work.train)
+  # What the busiest owner receives and sends; and what a device asks for.
+  ids = float(lookups.max()) * cost.ID_BYTES
+  there = float(vectors.max()) * work.wire_bytes
+  trips = [ids, there, train * there]
+  a2a = sum(cost.all_to_all_seconds(x, n, t) for x in trips) if n > 1 else 0.0
+  base = step_cost.step_seconds(work, t, float(replicas), 0.0, 0.0)
+  busy = float(lookups.max())
+  terms = {
+    "route": 0.0,
+    "gather": busy * work.row_bytes / t.gather
+    + (1 + train) * b * len(splits) * wide / t.stream,
+    "all-to-all": a2a,
+    # Sort by row, sum, read and write.
+    "optimizer": train
+    * (busy / t.sort + busy * (wide + 2 * work.stored) / t.gather),
+  }
+  seconds = {k: terms.get(k, 0.0) for k in base}
+  for k in ("all-reduce", "dense", "launch"):
+    seconds[k] = float(base[k])
+  if replicas:
+    own = step_cost.sent_bytes(work, float(replicas), 0.0, 0.0)
+  else:
+    own = {"hot gradients": 0.0}
+  tables = problem.spectrum.tables
+  sent = dict(own)
+  for table, k in splits.items():
+    ways = cost.pooled_bytes(
+      1.0, b, tables[table].hotness, work.wire_bytes, n, owners=k
+    )
+    sent[f"table {table}"] = ways[0] + train * ways[1]
+  return Placed(
+    name,
+    sum(seconds.values()),
+    sum(sent.values()) * n / work.batch_size,
+    float(held.max() + replicas) * work.stored,
+    0.0,
+    f"busiest device {busy / max(lookups.mean(), 1):.2f} of the mean",
+  )
+
+
+def _placed(name, problem, seconds, sent, held, budgets, note) -> Placed:
+  work = problem.work
+  for where, have, budget in zip(
+    ("devices", "hosts"), held, budgets, strict=True
+  ):
+    if have > budget:
+      note = f"does not fit: the {where} lack {size(have - budget)}"
+      return Placed(name, np.nan, np.nan, *held, note)
+  per_sample = sum(sent.values()) * work.devices / work.batch_size
+  return Placed(name, float(sum(seconds.values())), float(per_sample), *held,
+                note)  # fmt: skip
+
+
+def size(number: float) -> str:
+  """Bytes with a unit."""
+  for limit, unit in ((2**30, "GB"), (2**20, "MB"), (2**10, "kB")):
+    if number >= limit:
+      return f"{number / limit:,.3g} {unit}"
+  return f"{number:.0f} B"
+
+
+def describe(placed: tuple[Placed, ...]) -> str:
+  """A table to print."""
+  lines = [
+    f"{'placement':24} {'ms a step':>10} {'bytes a sample':>15} "
+    f"{'a device':>9} {'all hosts':>9}"
+  ]
+  for p in placed:
+    ms = "-" if np.isnan(p.seconds) else f"{p.seconds * 1e3:,.3f}"
+    sent = "-" if np.isnan(p.seconds) else f"{p.bytes_per_sample:,.0f}"
+    lines.append(
+      f"{p.name:24} {ms:>10} {sent:>15} {size(p.device_bytes):>9} "
+      f"{size(p.host_bytes):>9}  {p.note}"
+    )
+  return "\n".join(lines)

@@ -1,0 +1,255 @@
+"""Config and prepared data -> a plan, and its page beside other placements."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable
+
+import numpy as np
+
+from recjax import (
+  baselines,
+  cuts,
+  plan_page,
+  planner,
+  prepare,
+  presets,
+  spectrum,
+  step_cost,
+  topology,
+)
+from recjax.blocks import Blocks
+from recjax.config import Config
+from recjax.cuts import Problem
+from recjax.errors import UserError
+from recjax.planner import Plan
+from recjax.prepare import Prepared
+from recjax.spectrum import Spectrum, Table
+from recjax.topology import Topology
+
+_CRITEO_DENSE = 13  # numeric inputs of a Criteo log
+_SAMPLED = 16  # blocks that correlation is measured on
+_TABLE_SHARE = 0.9  # of a memory that a topology names, after the step's
+
+
+def run(
+  config: Config,
+  prepared: Prepared | None,
+  workdir: pathlib.Path,
+  report: Callable[[str], None],
+  *,
+  devices: int,
+  hosts: int,
+  kind: str = "cpu",
+  device_limit: int | None = None,
+  slot_bytes: int,
+) -> Plan:
+  """Plans as configured and writes plan.json.
+
+  Args:
+    prepared: counted data; None = data.rows and plan.exponent.
+    devices: n; hosts: machines they sit in, where no topology is named.
+    kind: what JAX calls a device here; device_limit: its memory, None = CPU.
+    slot_bytes: of a row.
+
+  Raises:
+    UserError: no budget that works, or no such topology.
+  """
+  c = config.plan
+  if c.hot_sync and c.hot_sync not in cuts.HOT_SYNCS:
+    raise UserError(
+      f"plan.hot_sync: {c.hot_sync!r} cannot run yet; use "
+      f"{' or '.join(cuts.HOT_SYNCS)}"
+    )
+  if c.topology:
+    t = presets.get(c.topology, devices)
+    hosts = t.hosts(devices)
+  else:
+    t = presets.of_device(kind, devices, hosts)
+  problem = problem_of(config, prepared, t, devices, slot_bytes)
+  if c.topology:
+    device_bytes, host_bytes = budgets(problem)
+    device_bytes = c.device_memory_mb << 20 or device_bytes
+    host_bytes = c.host_memory_mb << 20 or host_bytes
+  else:
+    device_bytes, host_bytes = topology.memory_budgets(
+      c.device_memory_mb, c.host_memory_mb, -(-devices // hosts), device_limit
+    )
+  if problem.spectrum.assumed:
+    report(problem.spectrum.assumed)
+  result = planner.solve(
+    problem,
+    hosts=hosts,
+    device_bytes=device_bytes,
+    host_bytes=host_bytes,
+    hot_rows=c.hot_rows,
+    warm_rows=c.warm_rows,
+    capacity=c.capacity,
+    syncs=(c.hot_sync,) if c.hot_sync else cuts.HOT_SYNCS,
+  )
+  workdir.mkdir(parents=True, exist_ok=True)
+  placed = baselines.compare(problem, result, device_bytes, hosts * host_bytes)
+  write(workdir / "plan.json", result.to_json())
+  page = plan_page.page(
+    result, problem, placed, device_bytes, measured_seconds(workdir, result)
+  )
+  write(workdir / "plan.html", page)
+  report(planner.describe(result))
+  report(baselines.describe(placed))
+  if c.topology:
+    report(describe_batches(batch_sizes(problem)))
+  return result
+
+
+def measured_seconds(workdir: pathlib.Path, plan: Plan) -> float | None:
+  """Of a step: the median that an earlier run of this workdir logged."""
+  path = workdir / "metrics.jsonl"
+  if not path.exists():
+    return None
+  rates = []
+  for line in path.read_text().splitlines():
+    try:
+      rates.append(json.loads(line)["samples_per_second"])
+    except (ValueError, KeyError):  # cut off, or of the test split
+      continue
+  return plan.batch_size / float(np.median(rates)) if rates else None
+
+
+def write(path: pathlib.Path, text: str) -> None:
+  part = path.with_name(path.name + ".part")
+  part.write_text(text)
+  part.rename(path)
+
+
+def problem_of(
+  config: Config,
+  prepared: Prepared | None,
+  t: Topology,
+  devices: int,
+  slot_bytes: int,
+) -> Problem:
+  """What is to be planned, from the config and what was counted."""
+  e, m = config.embedding, config.model
+  if prepared is None:
+    hotness = config.data.hotness or (1,) * len(config.data.rows)
+    if len(hotness) != len(config.data.rows):
+      raise UserError(
+        f"data.hotness: {len(hotness)} numbers for the "
+        f"{len(config.data.rows)} tables of data.rows"
+      )
+    tables = tuple(
+      Table(f"C{i + 1}", *x)
+      for i, x in enumerate(zip(config.data.rows, hotness, strict=True))
+    )
+    s = spectrum.power_law(tables, config.plan.exponent)
+    columns, inputs, activations = sum(hotness), _CRITEO_DENSE, len(tables)
+  else:
+    schema = prepared.schema
+    columns, inputs = schema.columns, len(schema.dense)
+    activations = sum(f.activations for f in schema.features)
+    hotness = tuple(
+      sum(f.hotness for f in schema.features if f.table == name)
+      for name in prepared.profile.tables
+    )
+    s = spectrum.of_profile(prepared.profile, hotness)
+    local = max(config.train.batch_size // devices, 1)
+    s = dataclasses.replace(s, measured=measure(prepared, s, local))
+  return planner.make_problem(
+    s,
+    devices=devices,
+    batch_size=config.train.batch_size,
+    lookups=columns,
+    dim=e.dim,
+    dtype=e.dtype,
+    slot_bytes=slot_bytes,
+    overflow_probability=config.plan.overflow_probability,
+    topology=t,
+    exchange_dtype=e.exchange_dtype,
+    dense=step_cost.dense_model(
+      m.name,
+      m.bottom,
+      m.top,
+      inputs,
+      activations,
+      e.dim,
+      m.cross_layers,
+      m.cross_rank,
+    ),
+    compute_dtype=m.compute_dtype,
+    objective=config.plan.objective,
+  )
+
+
+def measure(
+  prepared: Prepared, s: Spectrum, local: int
+) -> spectrum.Measured | None:
+  """Distinct rows of batches as training draws them: from shuffled blocks.
+
+  Of sizes b / 4, b and 4 b, as far as the samples read reach.
+  """
+  blocks = Blocks(
+    os.path.join(prepared.directory, prepare.BLOCKS),
+    "train",
+    prepared.samples["train"],
+    prepared.settings["data.block_samples"],
+  )
+  rng = np.random.default_rng(0)
+  chosen = rng.permutation(len(blocks.sizes))[:_SAMPLED]
+  ids = blocks[np.sort(chosen)]["ids"]
+  ids = ids[rng.permutation(len(ids))]
+  sizes = {max(local // 4, 1), local, 4 * local}
+  batches = {
+    size: [
+      ids[i * size : (i + 1) * size] for i in range(min(8, len(ids) // size))
+    ]
+    for size in sizes
+    if size <= len(ids)
+  }
+  return spectrum.measure(s, batches) if batches else None
+
+
+def budgets(problem: Problem) -> tuple[int, int]:
+  """Bytes for tables and slots of a (device, host) that a topology describes.
+
+  What a step needs beside them, with all rows exchanged, is taken off first.
+  """
+  t, work = problem.topology, problem.work
+  buffers = float(problem.buffers(0, problem.spectrum.rows))
+  step = sum(step_cost.device_bytes(work, 0, 0, buffers).values())
+  device = max(_TABLE_SHARE * t.device_memory - step, 0)
+  return int(device), int(_TABLE_SHARE * t.host_memory)
+
+
+def batch_sizes(problem: Problem) -> dict[int, Plan]:
+  """Global batch size -> plan: powers of two times n, as far as they fit.
+
+  Activations and buffers of larger batches leave less for tables.
+  """
+  n, t = problem.work.devices, problem.topology
+  plans = {}
+  for power in range(4, 24):
+    size = n * -(-(1 << power) // n)
+    work = dataclasses.replace(problem.work, batch_size=size)
+    of_size = dataclasses.replace(problem, work=work)
+    device, host = budgets(of_size)
+    try:
+      plans[size] = planner.solve(
+        of_size, hosts=t.hosts(n), device_bytes=device, host_bytes=host
+      )
+    except UserError:
+      continue
+  return plans
+
+
+def describe_batches(plans: dict[int, Plan]) -> str:
+  """The fastest batch size and its neighbours, to print."""
+  if not plans:
+    return "no batch size fits"
+  rate = {b: b / p.step_seconds for b, p in plans.items()}
+  best = max(rate, key=lambda b: rate[b])
+  enough = min(b for b in rate if rate[b] >= 0.9 * rate[best])
+  return (
+    f"most samples/s: {rate[best]:,.0f} with batches of {best:,}; 90% of it "
+    f"from {enough:,} on ({rate[enough]:,.0f})"
+  )

@@ -1,0 +1,161 @@
+"""How good plans are, and how soon: against bounds and other placements.
+
+  python scripts/bench_plan.py
+
+1. The Criteo Kaggle and Terabyte tables, three exponents, 1 to 1,024 devices:
+   the planned cost over its lower bound (no placement costs less), seconds.
+2. A counted profile of 33.8 M rows: seconds to a plan.
+3. Bytes a sample of the 26 Kaggle tables on 8 devices, local batch 8,192.
+Ends with the peak memory of it all.
+"""
+
+import dataclasses
+import resource
+import time
+
+import numpy as np
+
+from recjax import baselines, cost, cuts, planner, presets, spectrum
+from recjax.frequency import Profile
+from recjax.spectrum import Table
+
+KAGGLE = (
+  1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593,
+  3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105,
+  142572,
+)  # fmt: skip
+TERABYTE = (
+  227605432, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 130229467, 3067956,
+  405282, 10, 2209, 11938, 155, 4, 976, 14, 292775614, 40790948, 187188510,
+  590152, 12973, 108, 36,
+)  # fmt: skip
+EXPONENTS = (1.05, 1.15, 1.45)
+
+
+def tables_of(rows) -> tuple[Table, ...]:
+  return tuple(Table(f"C{i + 1}", r) for i, r in enumerate(rows))
+
+
+def problem_of(rows, exponent, devices, batch_size, dim, **changes):
+  return planner.make_problem(
+    spectrum.power_law(tables_of(rows), exponent),
+    devices=devices,
+    batch_size=batch_size,
+    lookups=len(rows),
+    dim=dim,
+    dtype="float32",
+    slot_bytes=4 * dim,
+    **changes,
+  )
+
+
+def optimality() -> None:
+  """Budgets that make all tiers useful: device memory for a third."""
+  print(f"{'tables':9} {'s':>5} {'n':>5} {'objective':9} {'hot':>10} "
+        f"{'warm':>12} {'cold':>12} {'over bound':>11} {'padded s':>9} "
+        f"{'s':>5}")  # fmt: skip
+  for name, rows in (("kaggle", KAGGLE), ("terabyte", TERABYTE)):
+    for exponent in EXPONENTS:
+      for n in (1, 8, 64, 1024):
+        for objective in ("time", "bytes"):
+          start = time.perf_counter()
+          problem = problem_of(
+            rows, exponent, n, 65_536, 128, objective=objective,
+            topology=presets.get("dgx_h200", n), overflow_probability=None,
+          )  # fmt: skip
+          total = problem.spectrum.rows
+          fit, host = total // 3 // n, 2 * total
+          found = cuts.best_cuts(problem, fit, host, syncs=("dense",))
+          seconds = time.perf_counter() - start
+          got = float(problem.cost_of_cuts(*found))
+          bound = cuts.lower_bound(problem, fit, host)
+          padded = dataclasses.replace(problem, overflow_probability=1e-6)
+          start = time.perf_counter()
+          cuts.best_cuts(padded, fit, host)
+          print(
+            f"{name:9} {exponent:5} {n:5} {objective:9} {found[0]:>10,} "
+            f"{found[1] - found[0]:>12,} {total - found[1]:>12,} "
+            f"{got / bound - 1:>11.5%} {time.perf_counter() - start:>9.2f} "
+            f"{seconds:>5.2f}"
+          )
+
+
+def counted() -> None:
+  rng = np.random.default_rng(0)
+  s = spectrum.power_law(tables_of(KAGGLE), 1.15)
+  counts = rng.poisson(np.repeat(s.uses, s.count) * 45e6)
+  counts = np.sort(counts)[::-1].copy()
+  profile = Profile(45_000_000, ("t",), counts, np.zeros(len(counts), np.int16))
+  start = time.perf_counter()
+  plan = planner.plan(
+    profile, devices=8, batch_size=65_536, lookups=26, dim=128, dtype="float32",
+    slot_bytes=512, hosts=1, device_bytes=1 << 30, host_bytes=1 << 40,
+  )  # fmt: skip
+  seconds = time.perf_counter() - start
+  print(f"{len(counts):,} counted rows: {seconds:.2f} s")
+  print(planner.describe(plan))
+
+
+def traffic() -> None:
+  """Exchange bytes of a plan without replicas, over the floor and rivals."""
+  n, b = 8, 8_192
+  print(f"{'dim':>4} {'s':>5} {'wire':>9} {'overflow':>8} {'ours':>9} "
+        f"{'floor':>9} "
+        f"{'ratio':>6} {'table-wise':>11} {'row-wise':>9}")  # fmt: skip
+  for dim in (16, 128):
+    for exponent in EXPONENTS:
+      for wire, chance in (
+        ("float32", 1e-6), ("float32", 1e-3), ("bfloat16", 1e-6),
+      ):  # fmt: skip
+        problem = problem_of(
+          KAGGLE,
+          exponent,
+          n,
+          n * b,
+          dim,
+          exchange_dtype=wire,
+          objective="bytes",
+          overflow_probability=chance,
+        )
+        plan = planner.solve(
+          problem, hosts=1, device_bytes=1 << 40, host_bytes=1 << 40
+        )
+        sent = sum(v for k, v in plan.sent if k != "host")
+        w = problem.work.wire_bytes
+        distinct = float(problem.distinct(0, plan.rows))
+        floor = sum(cost.coalesced_bytes(distinct, w, n))
+        whole = 4 * dim  # the others exchange float32
+        table = sum(sum(cost.pooled_bytes(1.0, b, 1, whole, n)) for _ in KAGGLE)
+        row = sum(cost.uncoalesced_bytes(len(KAGGLE), b, whole, n))
+        print(
+          f"{dim:4} {exponent:5} {wire:>9} {chance:8.0e} {sent / b:>9,.1f} "
+          f"{floor / b:>9,.1f} {sent / floor:>6.3f} {table / sent:>10.1f}x "
+          f"{row / sent:>8.1f}x"
+        )
+
+
+def placements() -> None:
+  for n in (8, 16, 64):
+    problem = problem_of(
+      TERABYTE, 1.15, n, 65_536, 128, topology=presets.get("dgx_h200", n)
+    )
+    hosts = problem.topology.hosts(n)
+    device, host = int(115e9), int(1.8e12)
+    plan = planner.solve(
+      problem, hosts=hosts, device_bytes=device, host_bytes=host
+    )
+    print(f"Terabyte, exponent 1.15, {n} H200 (no dense part):")
+    placed = baselines.compare(problem, plan, device, hosts * host)
+    print(baselines.describe(placed))
+
+
+def main() -> None:
+  for part in (optimality, counted, traffic, placements):
+    print(f"# {part.__name__}", flush=True)
+    part()
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+  print(f"peak memory {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,245 @@
+"""The cuts against all placements, row by row, and against linear programs."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, sparse
+
+from recjax import cuts, presets, spectrum
+from recjax.spectrum import Spectrum, Table
+from recjax.step_cost import Work
+
+DENSE = ("dense",)
+
+
+def work_of(devices=2, local=8, **changes) -> Work:
+  arguments = {
+    "devices": devices,
+    "batch_size": devices * local,
+    "lookups": 100,
+    "dim": 8,
+    "row_bytes": 32,
+    "slot_bytes": 4,
+    "wire_bytes": 32,
+  }
+  return Work(**(arguments | changes))
+
+
+def spectrum_of(p) -> Spectrum:
+  p = np.sort(np.asarray(p, np.float64))[::-1]
+  table = Table("t", len(p))
+  return Spectrum((table,), np.ones(len(p), np.int64), p, p)
+
+
+@st.composite
+def problems(draw):
+  """(problem, rows a device holds, rows that the hosts hold)."""
+  p = draw(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+  if draw(st.booleans()):  # many equal rows
+    p = [round(x, 1) for x in p]
+  devices = draw(st.sampled_from([1, 2, 3, 16]))
+  name = draw(st.sampled_from(["cpu", "dgx_h200", "a100", "tpu_v6e"]))
+  t = presets.get(name, devices)
+  if draw(st.booleans()):  # a step that latencies do not decide
+    t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
+    t = dataclasses.replace(t, host_latency=0.0)
+  work = work_of(
+    devices,
+    draw(st.sampled_from([1, 8, 1_000])),
+    lookups=draw(st.sampled_from([1, 100])),
+    train=draw(st.booleans()),
+  )
+  objective = draw(st.sampled_from(["time", "bytes"]))
+  problem = cuts.Problem(spectrum_of(p), work, t, None, objective)
+  fit = draw(st.integers(0, 9))
+  return problem, fit, draw(st.integers(0, 9)) * devices
+
+
+def costs_of_all(problem, fit, host_rows) -> np.ndarray:
+  """Of every assignment of rows to tiers that respects the budgets."""
+  s, n = problem.spectrum, problem.work.devices
+  pi = problem.pi
+  tiers = np.array(list(itertools.product(range(3), repeat=s.rows)))
+  hot, warm, cold = (tiers == k for k in range(3))
+  rows = hot.sum(1), warm.sum(1), cold.sum(1)
+  fits = rows[0] + -(-rows[1] // n) <= fit
+  fits &= -(-rows[2] // n) * n <= host_rows
+  tops = [np.max(np.where(x, pi, 0), axis=1) for x in (warm, cold)]
+  buffers = [
+    problem.buffers_of(x @ pi, x @ (pi * (1 - pi)), top, size)
+    for x, top, size in zip((warm, cold), tops, rows[1:], strict=True)
+  ]
+  return problem.evaluate(rows[0], *buffers)[fits]
+
+
+@settings(max_examples=1_200, deadline=None)
+@given(problems())
+def test_no_placement_is_cheaper(case):
+  problem, fit, host_rows = case
+  costs = costs_of_all(problem, fit, host_rows)
+  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  assert (found is None) == (len(costs) == 0)
+  if found is not None:
+    got = float(problem.cost_of_cuts(*found))
+    assert got == pytest.approx(costs.min(), rel=1e-9)
+
+
+@settings(max_examples=600, deadline=None)
+@given(problems(), st.sampled_from([1e-9, 1e-3, 0.5]))
+def test_with_padded_buffers_within_a_row(case, chance):
+  """Padding grows like a root, so a row more or less may be better."""
+  problem, fit, host_rows = case
+  problem = dataclasses.replace(problem, overflow_probability=chance)
+  costs = costs_of_all(problem, fit, host_rows)
+  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  assert (found is None) == (len(costs) == 0)
+  if found is not None:
+    n = problem.work.devices
+    one = [problem.evaluate(*x) for x in ((1, 0, 0), (0, n, 0), (0, 0, n))]
+    row = max(one) - problem.evaluate(0, 0, 0)
+    got = float(problem.cost_of_cuts(*found))
+    assert got <= costs.min() + row * (1 + 1e-9)
+
+
+@settings(max_examples=500, deadline=None)
+@given(problems())
+def test_no_cuts_are_cheaper_where_touched_rows_are_exchanged(case):
+  problem, fit, host_rows = case
+  n, rows = problem.work.devices, problem.spectrum.rows
+  every = [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
+  fits = [
+    (h, e)
+    for h, e in every
+    if h + -(-(e - h) // n) <= fit and -(-(rows - e) // n) * n <= host_rows
+  ]
+  found = cuts.best_cuts(problem, fit, host_rows)
+  assert (found is None) == (not fits)
+  if found is not None:
+    hot, end = np.array(fits).T
+    least = min(
+      problem.cost_of_cuts(hot, end, sync).min() for sync in cuts.HOT_SYNCS
+    )
+    got = float(problem.cost_of_cuts(*found))
+    assert got == pytest.approx(least, rel=1e-9)
+
+
+# ---- At scale
+
+
+def by_linear_program(problem, fit, host_rows) -> float:
+  """The least cost of rows that may be split between tiers.
+
+  A linear program for each set of tiers that are there at all, because of the
+  latencies of a tier.
+  """
+  s, n = problem.spectrum, problem.work.devices
+  pi = problem.pi
+  rows = s.count.astype(np.float64)
+  memory = np.array([[1, 1 / n, 0], [0, 0, 1]])  # device, hosts
+  budgets = np.array([fit, host_rows], np.float64)
+  best = np.inf
+  for size in (1, 2, 3):
+    for there in itertools.combinations(range(3), size):
+      tiny = np.zeros(3)
+      tiny[list(there)] = 1e-9
+      fixed = float(problem.evaluate(*tiny))
+      slopes = [
+        (float(problem.evaluate(*(tiny + 1e6 * unit))) - fixed) / 1e6
+        for unit in np.eye(3)
+      ]
+      each = np.stack([slopes[0] + 0 * pi, slopes[1] * pi, slopes[2] * pi])
+      costs = (each * rows)[list(there)].ravel()
+      scale = np.abs(costs).max() or 1.0
+      result = optimize.linprog(
+        costs / scale,
+        A_ub=np.kron(memory[:, there], rows) / np.maximum(budgets, 1)[:, None],
+        b_ub=budgets / np.maximum(budgets, 1),
+        A_eq=sparse.hstack([sparse.identity(len(pi))] * size),
+        b_eq=np.ones(len(pi)),
+      )
+      if result.status == 0:
+        best = min(best, fixed + result.fun * scale)
+  return best
+
+
+@settings(max_examples=30, deadline=None)
+@given(problems())
+def test_the_bound_is_that_of_a_linear_program(case):
+  problem, fit, host_rows = case
+  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  if found is not None:
+    bound = cuts.lower_bound(problem, fit, host_rows)
+    program = by_linear_program(problem, fit, host_rows)
+    assert bound == pytest.approx(program, rel=1e-5)
+    assert bound <= float(problem.cost_of_cuts(*found)) * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("exponent", [1.05, 1.15, 1.45])
+@pytest.mark.parametrize("devices", [1, 8, 1_024])
+def test_near_the_lower_bound(exponent, devices):
+  """A small form of scripts/bench_plan.py."""
+  tables = tuple(Table(f"t{i}", 10**i) for i in range(1, 7))
+  s = spectrum.power_law(tables, exponent)
+  work = work_of(devices, 1_024, lookups=6)
+  t = presets.get("dgx_h200", devices)
+  problem = cuts.Problem(s, work, t, None)
+  fit = s.rows // 4 // devices + 1_000
+  found = cuts.best_cuts(problem, fit, 2 * s.rows, syncs=DENSE)
+  got = float(problem.cost_of_cuts(*found))
+  assert got <= 1.001 * cuts.lower_bound(problem, fit, 2 * s.rows)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+  st.lists(st.floats(0, 1), min_size=1, max_size=7),
+  st.lists(st.floats(0, 1), min_size=1, max_size=7),
+  st.sampled_from([1, 2, 4]),
+  st.integers(0, 60),
+)
+def test_groups_share_the_memory(one, other, devices, room):
+  """Against all pairs of cuts, to the cost of what a row may change."""
+  t = dataclasses.replace(
+    presets.get("dgx_h200", devices),
+    link_latency=0.0,
+    host_latency=0.0,
+  )
+  problems = [
+    cuts.Problem(spectrum_of(p), w, t, None)
+    for p, w in (
+      (one, work_of(devices, lookups=7)),
+      (
+        other,
+        work_of(devices, lookups=7, dim=32, row_bytes=128, wire_bytes=128),
+      ),
+    )
+  ]
+  budget, hosts = room * 36, 1 << 30
+  found = cuts.plan_groups(problems, budget, hosts)
+  every = []  # (cost, bytes) of all cuts of each group
+  for p in problems:
+    rows = p.spectrum.rows
+    hot, end = np.array(
+      [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
+    ).T
+    held = (hot + -(-(end - hot) // devices)) * p.work.stored
+    least = np.minimum(*(p.cost_of_cuts(hot, end, y) for y in cuts.HOT_SYNCS))
+    every.append((least, held))
+  total = every[0][0][:, None] + every[1][0][None]
+  fits = every[0][1][:, None] + every[1][1][None] <= budget
+  best = total[fits].min()
+  held = sum(
+    (h + -(-(e - h) // devices)) * p.work.stored
+    for (h, e, _), p in zip(found, problems, strict=True)
+  )
+  assert held <= budget
+  got = sum(
+    float(p.cost_of_cuts(*x)) for x, p in zip(found, problems, strict=True)
+  )
+  rows = [
+    float(p.evaluate(0, 0, devices) - p.evaluate(0, 0, 0)) for p in problems
+  ]
+  assert best * (1 - 1e-9) <= got <= best + 2 * devices * max(rows)

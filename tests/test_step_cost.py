@@ -1,0 +1,97 @@
+"""Terms of a step: sizes counted from the model and the runtime's shapes."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from recjax import config, models, presets, step_cost
+from recjax.step_cost import Dense, Work
+
+WORK = Work(
+  devices=8,
+  batch_size=8_192,
+  lookups=26,
+  dim=16,
+  row_bytes=64,
+  slot_bytes=4,
+  wire_bytes=64,
+  dense=Dense(1_000, 2_000, 300),
+)
+
+
+@pytest.mark.parametrize("name", ["dlrm", "dcnv2"])
+@pytest.mark.parametrize("inputs", [13, 0])
+def test_the_dense_part_is_counted(name, inputs):
+  model = config.Model(name=name, cross_rank=8)
+  params, apply = models.build(model, inputs, 5, 16, 0)
+  dense = step_cost.dense_model(
+    name, model.bottom, model.top, inputs, 5, 16, model.cross_layers, 8
+  )
+  size = sum(x.size for x in jax.tree.leaves(params))
+  assert dense.params == size
+  shapes = (np.zeros((1, inputs), np.float32), np.zeros((1, 5, 16), np.float32))
+  flops = jax.jit(apply).lower(params, *shapes).compile().cost_analysis()
+  assert dense.flops == pytest.approx(flops["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["cpu", "dgx_h200", "tpu_v6e"])
+@pytest.mark.parametrize("train", [True, False])
+def test_costs_rise_with_rows(name, train):
+  work = dataclasses.replace(WORK, train=train)
+  t = presets.get(name, 8)
+  cost = lambda *x: sum(step_cost.step_seconds(work, t, *x).values())
+  base = cost(0.0, 8.0, 8.0)
+  assert cost(0.0, 8e3, 8.0) > base
+  assert cost(0.0, 8.0, 8e3) > cost(0.0, 8e3, 8.0)  # the host is slower
+  if train:
+    assert cost(1e6, 8.0, 8.0) > cost(1e3, 8.0, 8.0) > base
+  assert cost(0.0, 0.0, 0.0) < base
+
+
+def test_serving_needs_less():
+  t = presets.get("dgx_h200", 8)
+  served = dataclasses.replace(WORK, train=False)
+  args = (100.0, 8e3, 8e3)
+  train, serve = (step_cost.step_seconds(w, t, *args) for w in (WORK, served))
+  for term in train:
+    assert serve[term] <= train[term]
+  assert serve["all-reduce"] == serve["optimizer"] == 0
+  sent = step_cost.sent_bytes(served, *args)
+  assert sent["gradients"] == sent["hot gradients"] == 0
+
+
+def test_one_device_sends_only_to_its_host():
+  work = dataclasses.replace(WORK, devices=1)
+  sent = step_cost.sent_bytes(work, 10.0, 100.0, 100.0)
+  assert sent.pop("host") > 0
+  assert set(sent.values()) == {0.0}
+
+
+def test_arrays_and_numbers_agree():
+  t = presets.get("dgx_h100", 8)
+  hot, warm, cold = np.array([[0.0, 5, 9], [0, 8, 64], [16, 0, 8]])
+  for gathered in (None, hot / 2):
+    every = step_cost.step_seconds(WORK, t, hot, warm, cold, gathered)
+    for i in range(3):
+      one = step_cost.step_seconds(
+        WORK,
+        t,
+        float(hot[i]),
+        float(warm[i]),
+        float(cold[i]),
+        None if gathered is None else float(gathered[i]),
+      )
+      for term, seconds in every.items():
+        got = np.broadcast_to(seconds, 3)[i]
+        assert got == pytest.approx(one[term], rel=1e-12), term
+
+
+def test_touched_rows_or_all_of_them():
+  """Few touched replicas: share those; all of them touched: all-reduce."""
+  t = presets.get("dgx_h200", 8)
+  cost = lambda g: sum(
+    step_cost.step_seconds(WORK, t, 1e6, 8e3, 0.0, g).values()
+  )
+  assert cost(1e3) < cost(None) < cost(1e6)
