@@ -48,7 +48,6 @@ def main(_) -> None:
   file = config_flags.get_config_filename(flags.FLAGS["config"])
   workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
   logging.set_verbosity(logging.ERROR)
-  sys.stdout.reconfigure(line_buffering=True)
   topology.keep_freed_memory()
   from recjax import distributed, mesh, train  # JAX, after the flags
 
