@@ -175,7 +175,8 @@ def test_the_bound_is_that_of_a_linear_program(case):
     bound = cuts.lower_bound(problem, fit, host_rows)
     program = by_linear_program(problem, fit, host_rows)
     assert bound == pytest.approx(program, rel=1e-5)
-    assert bound <= float(problem.cost_of_cuts(*found)) * (1 + 1e-8)
+    # The price of memory is bisected, so the bound is good to some 1e-7.
+    assert bound <= float(problem.cost_of_cuts(*found)) * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("exponent", [1.05, 1.15, 1.45])
