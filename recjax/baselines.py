@@ -11,6 +11,7 @@ import numpy as np
 from recjax import cost, step_cost
 from recjax.cuts import Problem
 from recjax.planner import Plan
+from recjax.step_cost import Load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ def row_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
 
   Where the devices are too small, the coldest rows are on the host, too.
   """
-  s, work, t = problem.spectrum, problem.work, problem.topology
+  s, work = problem.spectrum, problem.work
   n, rows = work.devices, s.rows
   warm = min(rows, device_bytes // work.stored * n)
   uses = s.below(s.uses * work.local)
@@ -66,8 +67,7 @@ def row_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
   return _placed(
     "row-wise, not coalesced",
     problem,
-    step_cost.step_seconds(work, t, 0.0, near, far),
-    step_cost.sent_bytes(work, 0.0, near, far),
+    Load(0.0, near, far),
     (warm / n * work.stored, (rows - warm) * work.stored),
     (device_bytes, host_bytes),
     f"{rows - warm:,} rows on the host" if warm < rows else "",
@@ -86,18 +86,16 @@ def fae(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
   hot = min(rows, device_bytes // (work.stored + 4 * (work.dim + 1)))
   cold = problem.buffers(hot, rows)
   ways = [
-    (
-      step_cost.step_seconds(work, t, float(hot), 0.0, float(cold), gathered),
-      step_cost.sent_bytes(work, float(hot), 0.0, float(cold), gathered),
-    )
+    Load(float(hot), 0.0, float(cold), gathered)
     for gathered in (None, problem.gathered(hot, "sparse"))
   ]
-  seconds, sent = min(ways, key=lambda way: sum(way[0].values()))
+  load = min(
+    ways, key=lambda x: sum(step_cost.step_seconds(work, t, x).values())
+  )
   return _placed(
     "FAE: replicas and host",
     problem,
-    seconds,
-    sent,
+    load,
     (hot * work.stored, (rows - hot) * work.stored),
     (device_bytes, host_bytes),
     f"{hot:,} replicas on each of {n} devices",
@@ -227,7 +225,7 @@ def _by_tables(name, problem, shards, where, replicas) -> Placed:
   there = float(vectors.max()) * work.wire_bytes
   trips = [ids, there, train * there]
   a2a = sum(cost.all_to_all_seconds(x, n, t) for x in trips) if n > 1 else 0.0
-  base = step_cost.step_seconds(work, t, float(replicas), 0.0, 0.0)
+  base = step_cost.step_seconds(work, t, Load(float(replicas)))
   busy = float(lookups.max())
   terms = {
     "route": 0.0,
@@ -242,7 +240,7 @@ def _by_tables(name, problem, shards, where, replicas) -> Placed:
   for k in ("all-reduce", "dense", "launch"):
     seconds[k] = float(base[k])
   if replicas:
-    own = step_cost.sent_bytes(work, float(replicas), 0.0, 0.0)
+    own = step_cost.sent_bytes(work, Load(float(replicas)))
   else:
     own = {"hot gradients": 0.0}
   tables = problem.spectrum.tables
@@ -262,7 +260,7 @@ def _by_tables(name, problem, shards, where, replicas) -> Placed:
   )
 
 
-def _placed(name, problem, seconds, sent, held, budgets, note) -> Placed:
+def _placed(name, problem, load, held, budgets, note) -> Placed:
   work = problem.work
   for where, have, budget in zip(
     ("devices", "hosts"), held, budgets, strict=True
@@ -270,6 +268,8 @@ def _placed(name, problem, seconds, sent, held, budgets, note) -> Placed:
     if have > budget:
       note = f"does not fit: the {where} lack {size(have - budget)}"
       return Placed(name, np.nan, np.nan, *held, note)
+  seconds = step_cost.step_seconds(work, problem.topology, load)
+  sent = step_cost.sent_bytes(work, load)
   per_sample = sum(sent.values()) * work.devices / work.batch_size
   return Placed(name, float(sum(seconds.values())), float(per_sample), *held,
                 note)  # fmt: skip

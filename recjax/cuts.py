@@ -27,7 +27,7 @@ import numpy as np
 
 from recjax import cost, step_cost
 from recjax.spectrum import Spectrum
-from recjax.step_cost import Work
+from recjax.step_cost import Load, Work
 from recjax.topology import Topology
 
 HOT_SYNCS = ("dense", "sparse")  # what lookup.py has
@@ -112,20 +112,25 @@ class Problem:
     rows = cost.buffer_rows(mean, variance, 0.0, hot, 1, self.work.ids, each)
     return np.minimum(rows, hot)
 
-  def evaluate(self, hot, warm, cold, gathered=None):
-    """Seconds or bytes; hot [..] rows, warm and cold [..] buffer rows."""
+  def evaluate(self, load: Load):
+    """Seconds or bytes of a step."""
     if self.objective == "time":
-      t = self.topology
-      of = step_cost.step_seconds(self.work, t, hot, warm, cold, gathered)
+      of = step_cost.step_seconds(self.work, self.topology, load)
     else:
-      of = step_cost.sent_bytes(self.work, hot, warm, cold, gathered)
+      of = step_cost.sent_bytes(self.work, load)
     return sum(of.values())
 
+  def load_of_cuts(self, hot, warm_end, sync="dense") -> Load:
+    """What cut points [..] ask of a step."""
+    return Load(
+      hot,
+      self.buffers(hot, warm_end),
+      self.buffers(warm_end, self.spectrum.rows),
+      self.gathered(hot, sync),
+    )
+
   def cost_of_cuts(self, hot, warm_end, sync="dense"):
-    """The same, from cut points [..]."""
-    warm = self.buffers(hot, warm_end)
-    cold = self.buffers(warm_end, self.spectrum.rows)
-    return self.evaluate(hot, warm, cold, self.gathered(hot, sync))
+    return self.evaluate(self.load_of_cuts(hot, warm_end, sync))
 
 
 def best_cuts(
@@ -161,8 +166,7 @@ def best_cuts(
     warm = np.minimum(warm_rows, rows - hot)
   else:
     warm = most_warm(rows, hot, fit, n)
-    if hot_rows < 0 or fit:
-      hot, warm = np.append(hot, hot), np.append(warm, 0 * warm)
+    hot, warm = np.append(hot, hot), np.append(warm, 0 * warm)
   cold = rows - hot - warm
   fits = (hot + slots_of(warm, n) <= fit) & (slots_of(cold, n) * n <= host_rows)
   hot, warm = hot[fits], warm[fits]
@@ -202,9 +206,9 @@ def _bound(problem, fit, host_rows, on) -> float:
   pi = problem.pi
   rows = s.count.astype(np.float64)
   tiny = np.where(on, 1e-9, 0.0)
-  fixed = float(problem.evaluate(*tiny))
+  fixed = float(problem.evaluate(Load(*tiny)))
   slopes = [
-    (float(problem.evaluate(*(tiny + 1e6 * unit))) - fixed) / 1e6
+    (float(problem.evaluate(Load(*(tiny + 1e6 * unit)))) - fixed) / 1e6
     for unit in np.eye(3)
   ]
   each = np.stack([slopes[0] + 0 * pi, slopes[1] * pi, slopes[2] * pi])[on]
@@ -320,8 +324,8 @@ def _rented(problem: Problem, price: float) -> tuple[int, int]:
   rent = price * problem.work.stored
   small = np.full(3, 1e-9)
   slopes = [
-    float(problem.evaluate(*(small + 1e6 * unit))) / 1e6
-    - float(problem.evaluate(*small)) / 1e6
+    float(problem.evaluate(Load(*(small + 1e6 * unit)))) / 1e6
+    - float(problem.evaluate(Load(*small))) / 1e6
     for unit in np.eye(3)
   ]
   saved = problem.pi * (slopes[2] - slopes[1])  # of a row, warm against cold

@@ -11,7 +11,7 @@ from recjax.cuts import Problem
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.spectrum import Spectrum
-from recjax.step_cost import Dense, Work
+from recjax.step_cost import Dense, Load, Work
 from recjax.topology import Topology
 
 
@@ -49,7 +49,6 @@ class Plan:
   capacity_cold: int
   reports: tuple[TierReport, ...] = ()  # hot, warm, cold
   hot_sync: str = "dense"  # how hot gradients meet: all-reduced, or "sparse"
-  capacity_hot: int = 0  # sparse: touched rows that a device shares with all
   capacity_hot: int = 0  # hot rows that a device sends a round, where "sparse"
   topology: str = ""
   seconds: Terms = ()  # of a step, predicted, by term
@@ -258,6 +257,7 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
     )
   warm, cold = (n * c for c in capacities)
   gathered = problem.gathered(hot, sync)
+  load = Load(hot, warm, cold, gathered)
   return Plan(
     devices=n,
     batch_size=work.batch_size,
@@ -272,10 +272,8 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
     hot_sync=sync,
     capacity_hot=0 if gathered is None else math.ceil(gathered),
     topology=problem.topology.name,
-    seconds=_terms(
-      step_cost.step_seconds(work, problem.topology, hot, warm, cold, gathered)
-    ),
-    sent=_terms(step_cost.sent_bytes(work, hot, warm, cold, gathered)),
+    seconds=_terms(step_cost.step_seconds(work, problem.topology, load)),
+    sent=_terms(step_cost.sent_bytes(work, load)),
     memory=_terms(
       step_cost.device_bytes(work, hot, slots["warm"], warm + cold)
     ),

@@ -5,6 +5,7 @@ The model of the step in lookup.py and exchange.py, as it runs: numpy only.
 
 import dataclasses
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -90,26 +91,32 @@ class Work:
     return self.row_bytes + self.slot_bytes
 
 
-def sent_bytes(work: Work, hot, warm, cold, gathered=None):
-  """Bytes that a device sends in a step for its rows, links and host.
+@dataclasses.dataclass(frozen=True)
+class Load:
+  """What a placement asks of a step: rows of a device, numbers or arrays."""
 
-  Args:
-    work: the step.
-    hot: replicated rows.
-    warm, cold: rows of the exchange buffers, n C.
-    gathered: None where the hot rows' gradients are all-reduced, else the
-      touched ones that a device shares with all.
+  hot: Any = 0.0  # replicated
+  warm: Any = 0.0  # of the exchange buffer, n C
+  cold: Any = 0.0
+  # None where the hot rows' gradients are all-reduced, else the touched hot
+  # rows that a device shares with all.
+  gathered: Any = None
+
+
+def sent_bytes(work: Work, load: Load):
+  """Bytes that a device sends in a step for its rows, links and host.
 
   Returns:
     {"ids", "rows", "gradients", "hot gradients", "host"}.
   """
   n, train = work.devices, float(work.train)
+  hot, warm, cold = load.hot, load.warm, load.cold
   far = (warm + cold) * (n - 1) / n
   wide = 4 * work.dim
-  if gathered is None:
+  if load.gathered is None:
     shared = cost.all_reduced_bytes(hot * 4.0 * (work.dim + 1), n)[1]
   else:
-    shared = cost.gathered_bytes(gathered, work.wire_bytes, n)[1]
+    shared = cost.gathered_bytes(load.gathered, work.wire_bytes, n)[1]
   return {
     "ids": far * cost.ID_BYTES,
     "rows": far * work.wire_bytes,
@@ -120,10 +127,10 @@ def sent_bytes(work: Work, hot, warm, cold, gathered=None):
   }
 
 
-def step_seconds(work: Work, t: Topology, hot, warm, cold, gathered=None):
+def step_seconds(work: Work, t: Topology, load: Load):
   """Seconds of a step by term; one after the other, nothing overlaps.
 
-  Arguments as of `sent_bytes`. Each term is latency + bytes / rate. A lookup's
+  Each term is latency + bytes / rate. A lookup's
   own row is gathered from the hot replica and from the exchange buffer, an
   owner's rows from its shard; backward, the same places are added to.
 
@@ -132,12 +139,13 @@ def step_seconds(work: Work, t: Topology, hot, warm, cold, gathered=None):
     "dense", "optimizer", "launch"}.
   """
   n, ids, d = work.devices, work.ids, work.dim
+  hot, warm, cold, gathered = load.hot, load.warm, load.cold, load.gathered
   train = float(work.train)
   wide = 4 * d  # bytes of a row in float32
   some = (warm > 0) | (cold > 0)
   exchanged = warm + cold
   replicas = np.asarray(hot) > 0
-  sent = sent_bytes(work, hot, warm, cold, gathered)
+  sent = sent_bytes(work, load)
 
   sorted_keys = ids + train * (n > 1) * exchanged
   # Lookups read and add to replicas and exchange buffers, which the caches

@@ -11,7 +11,7 @@ from scipy import optimize, sparse
 
 from recjax import cuts, presets, spectrum
 from recjax.spectrum import Spectrum, Table
-from recjax.step_cost import Work
+from recjax.step_cost import Load, Work
 
 DENSE = ("dense",)
 
@@ -73,7 +73,7 @@ def costs_of_all(problem, fit, host_rows) -> np.ndarray:
     problem.buffers_of(x @ pi, x @ (pi * (1 - pi)), top, size)
     for x, top, size in zip((warm, cold), tops, rows[1:], strict=True)
   ]
-  return problem.evaluate(rows[0], *buffers)[fits]
+  return problem.evaluate(Load(rows[0], *buffers))[fits]
 
 
 @settings(max_examples=1_200, deadline=None)
@@ -99,8 +99,10 @@ def test_with_padded_buffers_within_a_row(case, chance):
   assert (found is None) == (len(costs) == 0)
   if found is not None:
     n = problem.work.devices
-    one = [problem.evaluate(*x) for x in ((1, 0, 0), (0, n, 0), (0, 0, n))]
-    row = max(one) - problem.evaluate(0, 0, 0)
+    one = [
+      problem.evaluate(Load(*x)) for x in ((1, 0, 0), (0, n, 0), (0, 0, n))
+    ]
+    row = max(one) - problem.evaluate(Load())
     got = float(problem.cost_of_cuts(*found))
     assert got <= costs.min() + row * (1 + 1e-9)
 
@@ -146,9 +148,9 @@ def by_linear_program(problem, fit, host_rows) -> float:
     for there in itertools.combinations(range(3), size):
       tiny = np.zeros(3)
       tiny[list(there)] = 1e-9
-      fixed = float(problem.evaluate(*tiny))
+      fixed = float(problem.evaluate(Load(*tiny)))
       slopes = [
-        (float(problem.evaluate(*(tiny + 1e6 * unit))) - fixed) / 1e6
+        (float(problem.evaluate(Load(*(tiny + 1e6 * unit)))) - fixed) / 1e6
         for unit in np.eye(3)
       ]
       each = np.stack([slopes[0] + 0 * pi, slopes[1] * pi, slopes[2] * pi])
@@ -241,6 +243,7 @@ def test_groups_share_the_memory(one, other, devices, room):
     float(p.cost_of_cuts(*x)) for x, p in zip(found, problems, strict=True)
   )
   rows = [
-    float(p.evaluate(0, 0, devices) - p.evaluate(0, 0, 0)) for p in problems
+    float(p.evaluate(Load(0, 0, devices)) - p.evaluate(Load()))
+    for p in problems
   ]
   assert best * (1 - 1e-9) <= got <= best + 2 * devices * max(rows)

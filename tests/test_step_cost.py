@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from recjax import config, models, presets, step_cost
-from recjax.step_cost import Dense, Work
+from recjax.step_cost import Dense, Load, Work
 
 WORK = Work(
   devices=8,
@@ -41,7 +41,7 @@ def test_the_dense_part_is_counted(name, inputs):
 def test_costs_rise_with_rows(name, train):
   work = dataclasses.replace(WORK, train=train)
   t = presets.get(name, 8)
-  cost = lambda *x: sum(step_cost.step_seconds(work, t, *x).values())
+  cost = lambda *x: sum(step_cost.step_seconds(work, t, Load(*x)).values())
   base = cost(0.0, 8.0, 8.0)
   assert cost(0.0, 8e3, 8.0) > base
   assert cost(0.0, 8.0, 8e3) > cost(0.0, 8e3, 8.0)  # the host is slower
@@ -53,18 +53,18 @@ def test_costs_rise_with_rows(name, train):
 def test_serving_needs_less():
   t = presets.get("dgx_h200", 8)
   served = dataclasses.replace(WORK, train=False)
-  args = (100.0, 8e3, 8e3)
-  train, serve = (step_cost.step_seconds(w, t, *args) for w in (WORK, served))
+  load = Load(100.0, 8e3, 8e3)
+  train, serve = (step_cost.step_seconds(w, t, load) for w in (WORK, served))
   for term in train:
     assert serve[term] <= train[term]
   assert serve["all-reduce"] == serve["optimizer"] == 0
-  sent = step_cost.sent_bytes(served, *args)
+  sent = step_cost.sent_bytes(served, load)
   assert sent["gradients"] == sent["hot gradients"] == 0
 
 
 def test_one_device_sends_only_to_its_host():
   work = dataclasses.replace(WORK, devices=1)
-  sent = step_cost.sent_bytes(work, 10.0, 100.0, 100.0)
+  sent = step_cost.sent_bytes(work, Load(10.0, 100.0, 100.0))
   assert sent.pop("host") > 0
   assert set(sent.values()) == {0.0}
 
@@ -73,15 +73,17 @@ def test_arrays_and_numbers_agree():
   t = presets.get("dgx_h100", 8)
   hot, warm, cold = np.array([[0.0, 5, 9], [0, 8, 64], [16, 0, 8]])
   for gathered in (None, hot / 2):
-    every = step_cost.step_seconds(WORK, t, hot, warm, cold, gathered)
+    every = step_cost.step_seconds(WORK, t, Load(hot, warm, cold, gathered))
     for i in range(3):
       one = step_cost.step_seconds(
         WORK,
         t,
-        float(hot[i]),
-        float(warm[i]),
-        float(cold[i]),
-        None if gathered is None else float(gathered[i]),
+        Load(
+          float(hot[i]),
+          float(warm[i]),
+          float(cold[i]),
+          None if gathered is None else float(gathered[i]),
+        ),
       )
       for term, seconds in every.items():
         got = np.broadcast_to(seconds, 3)[i]
@@ -92,6 +94,6 @@ def test_touched_rows_or_all_of_them():
   """Few touched replicas: share those; all of them touched: all-reduce."""
   t = presets.get("dgx_h200", 8)
   cost = lambda g: sum(
-    step_cost.step_seconds(WORK, t, 1e6, 8e3, 0.0, g).values()
+    step_cost.step_seconds(WORK, t, Load(1e6, 8e3, 0.0, g)).values()
   )
   assert cost(1e3) < cost(None) < cost(1e6)
