@@ -105,25 +105,31 @@ def fae(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
 # ---- By tables
 
 
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """A device's part of a table; its owner pools the bags' lookups in it."""
+
+  table: int
+  device: int
+  rows: int
+  splits: int = 1  # shards that the table's rows are split into
+  columns: float = 1.0  # part of the dim
+  host: bool = False  # rows in host memory
+
+
 def table_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
   """Whole tables, greedily: the costliest next, onto the least loaded device.
 
   Owners pool; a device does the lookups of all samples in its tables.
   """
   tables, work = problem.spectrum.tables, problem.work
-  shards = [(i, 1, t.hotness, t.rows) for i, t in enumerate(tables)]
-  load = _greedy(problem, shards, device_bytes)
-  if load is None:
+  name = "table-wise, greedy"
+  shards = _greedy(problem, dict.fromkeys(range(len(tables)), 1), device_bytes)
+  if shards is None:
     largest = max(t.rows for t in tables) * work.stored
-    return Placed(
-      "table-wise, greedy",
-      np.nan,
-      np.nan,
-      largest,
-      0.0,
-      f"does not fit: the largest table takes {size(largest)}",
-    )
-  return _by_tables("table-wise, greedy", problem, shards, load, 0)
+    why = f"does not fit: the largest table takes {size(largest)}"
+    return Placed(name, np.nan, np.nan, largest, 0.0, why)
+  return of_shards(name, problem, shards)
 
 
 def hugectr(
@@ -144,31 +150,24 @@ def hugectr(
   tables, work = problem.spectrum.tables, problem.work
   small = replicate_mb * 2**20
   replicas = sum(t.rows for t in tables if t.rows * work.stored <= small)
-  sharded = {i: 1 for i, t in enumerate(tables) if t.rows * work.stored > small}
+  splits = {i: 1 for i, t in enumerate(tables) if t.rows * work.stored > small}
   room = device_bytes - replicas * work.stored
   best = None
   for _ in range(rounds):
-    shards = [
-      (i, k, tables[i].hotness / k, -(-tables[i].rows // k))
-      for i, k in sharded.items()
-      for _ in range(k)
-    ]
-    load = _greedy(problem, shards, room, memory_weight)
-    if load is not None:
-      placed = _by_tables("HugeCTR's rule", problem, shards, load, replicas)
+    shards = _greedy(problem, splits, room, memory_weight)
+    if shards is not None:
+      placed = of_shards("HugeCTR's rule", problem, shards, replicas)
       if best is None or placed.seconds < best.seconds:
         best = placed
-    if not sharded:
-      break
     by = (
-      (lambda i: tables[i].hotness / sharded[i])
-      if load is not None
-      else (lambda i: tables[i].rows / sharded[i])
+      (lambda i: tables[i].hotness / splits[i])
+      if shards is not None
+      else (lambda i: tables[i].rows / splits[i])
     )
-    able = [i for i in sharded if 2 * sharded[i] <= work.devices]
+    able = [i for i in splits if 2 * splits[i] <= work.devices]
     if not able:
       break
-    sharded[max(able, key=by)] *= 2
+    splits[max(able, key=by)] *= 2
   if best is not None:
     return best
   total = sum(t.rows for t in tables) * work.stored
@@ -182,81 +181,101 @@ def hugectr(
   )
 
 
-def _greedy(problem, shards, device_bytes, memory_weight=0.0):
-  """shards [(table, splits, hotness, rows)] -> (device of each) or None.
-
-  The costliest shard first, onto the least loaded device with room.
-  """
+def _greedy(
+  problem, splits: dict[int, int], device_bytes, memory_weight=0.0
+) -> list[Shard] | None:
+  """Tables in so many parts each, the costliest part first, onto the least
+  loaded device with room that has none of the same table."""
   n, stored = problem.work.devices, problem.work.stored
-  whole = sum(rows for *_, rows in shards) or 1
-  of = [h + memory_weight * n * rows / whole for _, _, h, rows in shards]
+  tables = problem.spectrum.tables
+  parts = [
+    (i, k, tables[i].hotness / k, -(-tables[i].rows // k))
+    for i, k in splits.items()
+    for _ in range(k)
+  ]
+  whole = sum(rows for *_, rows in parts) or 1
+  of = [h + memory_weight * n * rows / whole for _, _, h, rows in parts]
   load, held = np.zeros(n), np.zeros(n)
   used: list[set[int]] = [set() for _ in range(n)]
-  where = [0] * len(shards)
-  order = sorted(range(len(shards)), key=lambda i: (-of[i], -shards[i][3]))
+  shards = []
+  order = sorted(range(len(parts)), key=lambda i: (-of[i], -parts[i][3]))
   for i in order:
-    table, _, _, rows = shards[i]
+    table, k, _, rows = parts[i]
     free = held + rows * stored <= device_bytes
     free &= np.array([table not in u for u in used])
     if not free.any():
       return None
     to = int(np.argmin(np.where(free, load, np.inf)))
-    where[i] = to
+    shards.append(Shard(table, to, rows, k))
     load[to] += of[i]
     held[to] += rows * stored
     used[to].add(table)
-  return where
+  return shards
 
 
-def _by_tables(name, problem, shards, where, replicas) -> Placed:
-  """Tables pooled at their owners: the busiest device decides."""
-  work, t = problem.work, problem.topology
-  n, b, wide = work.devices, work.local, 4 * work.dim
-  lookups, vectors, held = np.zeros(n), np.zeros(n), np.zeros(n)
-  splits = {}
-  for (table, k, hotness, rows), to in zip(shards, where, strict=True):
-    lookups[to] += hotness * work.batch_size
-    vectors[to] += min(hotness, 1.0) * work.batch_size  # a partial sum a bag
-    held[to] += rows
-    splits[table] = k
-  train = float(work.train)
-  # What the busiest owner receives and sends; and what a device asks for.
+def of_shards(
+  name: str, problem: Problem, shards: list[Shard], replicas: int = 0
+) -> Placed:
+  """Shards pooled at their owners: the busiest device decides.
+
+  A bag costs an owner its lookups there and, if it has one, a vector. Nothing
+  is coalesced, as TorchRec and HugeCTR do it.
+
+  Args:
+    shards: of all tables that are not replicated.
+    replicas: rows on every device, whose gradients are all-reduced.
+  """
+  work, t, tables = problem.work, problem.topology, problem.spectrum.tables
+  n, b, train = work.devices, work.local, float(work.train)
+  lookups, bytes_of, sent_back, held, host = np.zeros((5, n))
+  host_bytes = 0.0
+  sent = {"ids": 0.0, "vectors": 0.0}
+  far = b * (n - 1) / n
+  for s in shards:
+    hotness = tables[s.table].hotness / s.splits  # of a bag, here
+    some = min(hotness, 1.0)
+    at = s.device
+    lookups[at] += hotness * work.batch_size
+    bytes_of[at] += hotness * work.batch_size * s.columns
+    sent_back[at] += some * work.batch_size * s.columns * work.wire_bytes
+    sent["ids"] += far * hotness * cost.ID_BYTES
+    sent["vectors"] += far * some * s.columns * work.wire_bytes * (1 + train)
+    if s.host:
+      host[at] += hotness * work.batch_size * s.columns
+      host_bytes += s.rows * s.columns * work.stored
+    else:
+      held[at] += s.rows * s.columns
   ids = float(lookups.max()) * cost.ID_BYTES
-  there = float(vectors.max()) * work.wire_bytes
-  trips = [ids, there, train * there]
-  a2a = sum(cost.all_to_all_seconds(x, n, t) for x in trips) if n > 1 else 0.0
+  there = float(sent_back.max())
+  trips = (ids, there, train * there)
+  busy, wide = float(bytes_of.max()), 4 * work.dim
   base = step_cost.step_seconds(work, t, Load(float(replicas)))
-  busy = float(lookups.max())
+  of_host = step_cost.step_seconds(work, t, Load(cold=float(host.max())))
   terms = {
-    "route": 0.0,
     "gather": busy * work.row_bytes / t.gather
-    + (1 + train) * b * len(splits) * wide / t.stream,
-    "all-to-all": a2a,
+    + (1 + train) * b * len({s.table for s in shards}) * wide / t.stream,
+    "all-to-all": sum(cost.all_to_all_seconds(x, n, t) for x in trips),
     # Sort by row, sum, read and write.
     "optimizer": train
-    * (busy / t.sort + busy * (wide + 2 * work.stored) / t.gather),
+    * (
+      float(lookups.max()) / t.sort + busy * (wide + 2 * work.stored) / t.gather
+    ),
+    "host link": of_host["host link"],
+    "host rows": of_host["host rows"],
   }
-  seconds = {k: terms.get(k, 0.0) for k in base}
+  seconds = {k: float(terms.get(k, 0.0)) for k in base}
   for k in ("all-reduce", "dense", "launch"):
     seconds[k] = float(base[k])
   if replicas:
     own = step_cost.sent_bytes(work, Load(float(replicas)))
-  else:
-    own = {"hot gradients": 0.0}
-  tables = problem.spectrum.tables
-  sent = dict(own)
-  for table, k in splits.items():
-    ways = cost.pooled_bytes(
-      1.0, b, tables[table].hotness, work.wire_bytes, n, owners=k
-    )
-    sent[f"table {table}"] = ways[0] + train * ways[1]
+    sent["replicas"] = own["hot gradients"]
   return Placed(
     name,
     sum(seconds.values()),
     sum(sent.values()) * n / work.batch_size,
     float(held.max() + replicas) * work.stored,
-    0.0,
-    f"busiest device {busy / max(lookups.mean(), 1):.2f} of the mean",
+    host_bytes,
+    f"busiest device {lookups.max() / max(lookups.mean(), 1):.2f} of the mean",
   )
 
 

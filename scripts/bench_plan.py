@@ -1,16 +1,21 @@
 """How good plans are, and how soon: against bounds and other placements.
 
-  python scripts/bench_plan.py
+  python scripts/bench_plan.py [--rivals_python PYTHON_WITH_TORCHREC]
 
 1. The Criteo Kaggle and Terabyte tables, three exponents, 1 to 1,024 devices:
    the planned cost over its lower bound (no placement costs less), seconds.
 2. A counted profile of 33.8 M rows: seconds to a plan.
 3. Bytes a sample of the 26 Kaggle tables on 8 devices, local batch 8,192.
+4. The plan beside other placements and, where it is installed, TorchRec's.
 Ends with the peak memory of it all.
 """
 
+import argparse
 import dataclasses
+import json
+import pathlib
 import resource
+import subprocess
 import time
 
 import numpy as np
@@ -134,7 +139,47 @@ def traffic() -> None:
         )
 
 
-def placements() -> None:
+def torchrec(problem, python: str) -> baselines.Placed:
+  """TorchRec's plan, costed by our model as table shards pooled at owners."""
+  work, t = problem.work, problem.topology
+  tables = problem.spectrum.tables
+  asked = {
+    "tables": [dataclasses.asdict(x) for x in tables],
+    "dim": work.dim,
+    "devices": work.devices,
+    "node_devices": t.node_devices,
+    "local_batch": work.local,
+    "device_bytes": int(t.device_memory),  # it takes off its own reserve
+    "host_bytes": int(t.host_memory / t.host_devices),
+  }
+  script = pathlib.Path(__file__).with_name("torchrec_plan.py")
+  answer = subprocess.run(
+    [python, str(script)],
+    input=json.dumps(asked),
+    stdout=subprocess.PIPE,
+    text=True,
+    check=True,
+  ).stdout
+  found = [x for x in json.loads(answer) if x["rows"]]
+  kinds = sorted({x["kind"] for x in found})
+  replicas = sum(x["rows"] for x in found if x["kind"] == "data_parallel")
+  shards = [
+    baselines.Shard(
+      x["table"],
+      x["device"],
+      x["rows"],
+      max(1, round(tables[x["table"]].rows / x["rows"])),
+      x["columns"] / work.dim,
+      "uvm" in x["kernel"],
+    )
+    for x in found
+    if x["kind"] != "data_parallel"
+  ]
+  placed = baselines.of_shards("TorchRec's planner", problem, shards, replicas)
+  return dataclasses.replace(placed, note=", ".join(kinds))
+
+
+def placements(rivals_python: str | None) -> None:
   for n in (8, 16, 64):
     problem = problem_of(
       TERABYTE, 1.15, n, 65_536, 128, topology=presets.get("dgx_h200", n)
@@ -146,13 +191,22 @@ def placements() -> None:
     )
     print(f"Terabyte, exponent 1.15, {n} H200 (no dense part):")
     placed = baselines.compare(problem, plan, device, hosts * host)
+    if rivals_python:
+      placed += (torchrec(problem, rivals_python),)
     print(baselines.describe(placed))
 
 
 def main() -> None:
-  for part in (optimality, counted, traffic, placements):
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--rivals_python", help="a Python that has torchrec")
+  args = parser.parse_args()
+  for part in (optimality, counted, traffic):
     print(f"# {part.__name__}", flush=True)
     part()
+  print("# placements", flush=True)
+  placements(args.rivals_python)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   print(f"peak memory {peak:.2f} GB")
 

@@ -238,3 +238,29 @@ def test_greedy_fills_the_least_loaded():
   assert placed["row-wise"].bytes_per_sample == pytest.approx(
     8 * (4 + 2 * 64) * 3 / 4
   )
+
+
+def test_shards_are_pooled_at_their_owners():
+  """A row-wise, a column-wise and a host table on four devices, by hand."""
+  tables = (Table("rows", 400), Table("columns", 100), Table("host", 10))
+  problem = planner.make_problem(
+    spectrum.power_law(tables, 1.15),
+    devices=4,
+    batch_size=64,
+    lookups=3,
+    dim=16,
+    dtype="float32",
+    slot_bytes=0,
+  )
+  shards = [baselines.Shard(0, i, 100, splits=4) for i in range(4)]
+  shards += [baselines.Shard(1, i, 100, columns=0.5) for i in range(2)]
+  shards += [baselines.Shard(2, 3, 10, host=True)]
+  placed = baselines.of_shards("mixed", problem, shards, replicas=7)
+  assert placed.device_bytes == (100 + 50 + 7) * 64
+  assert placed.host_bytes == 10 * 64
+  # Ids go to both halves of the columns; each half sends half a vector.
+  hot = 2 * 7 * 4 * 17 * 3 / 4 / 16  # all-reduced by a device with 16 samples
+  a_sample = (3 / 4) * (4 + 2 * 4 + 4 + 3 * 2 * 64)
+  assert placed.bytes_per_sample == pytest.approx(a_sample + hot)
+  near = [s for s in shards if not s.host] + [baselines.Shard(2, 3, 10)]
+  assert baselines.of_shards("near", problem, near).seconds < placed.seconds
