@@ -94,6 +94,7 @@ class Plan:
   topology: str = ""  # a preset's name or a JSON file; "" = this machine
   objective: str = _choice("time", "bytes")  # what is least
   exponent: float = 1.15  # of every table, where data.rows is planned with
+  serving: bool = False  # --mode=plan: for the forward pass, without slots
 
 
 @dataclass

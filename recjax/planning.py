@@ -44,14 +44,18 @@ def run(
   kind: str = "cpu",
   device_limit: int | None = None,
   slot_bytes: int,
+  serving: bool = False,
 ) -> Plan:
-  """Plans as configured and writes plan.json.
+  """Plans as configured; writes plan.json and plan.html.
+
+  For serving: serving_plan.json and serving_plan.html.
 
   Args:
     prepared: counted data; None = data.rows and plan.exponent.
     devices: n; hosts: machines they sit in, where no topology is named.
     kind: what JAX calls a device here; device_limit: its memory, None = CPU.
     slot_bytes: of a row.
+    serving: for the forward pass only, of rows without slots.
 
   Raises:
     UserError: no budget that works, or no such topology.
@@ -67,7 +71,7 @@ def run(
     hosts = t.hosts(devices)
   else:
     t = presets.of_device(kind, devices, hosts)
-  problem = problem_of(config, prepared, t, devices, slot_bytes)
+  problem = problem_of(config, prepared, t, devices, slot_bytes, not serving)
   if c.topology:
     device_bytes, host_bytes = budgets(problem)
     device_bytes = c.device_memory_mb << 20 or device_bytes
@@ -90,11 +94,11 @@ def run(
   )
   workdir.mkdir(parents=True, exist_ok=True)
   placed = baselines.compare(problem, result, device_bytes, hosts * host_bytes)
-  write(workdir / "plan.json", result.to_json())
-  page = plan_page.page(
-    result, problem, placed, device_bytes, measured_seconds(workdir, result)
-  )
-  write(workdir / "plan.html", page)
+  measured = None if serving else measured_seconds(workdir, result)
+  page = plan_page.page(result, problem, placed, device_bytes, measured)
+  name = "serving_plan" if serving else "plan"
+  write(workdir / f"{name}.json", result.to_json())
+  write(workdir / f"{name}.html", page)
   report(planner.describe(result))
   report(baselines.describe(placed))
   if c.topology:
@@ -128,6 +132,7 @@ def problem_of(
   t: Topology,
   devices: int,
   slot_bytes: int,
+  train: bool = True,
 ) -> Problem:
   """What is to be planned, from the config and what was counted."""
   e, m = config.embedding, config.model
@@ -178,6 +183,7 @@ def problem_of(
     ),
     compute_dtype=m.compute_dtype,
     objective=config.plan.objective,
+    train=train,
   )
 
 

@@ -1,8 +1,6 @@
 """The job: prepare, plan, train with checkpoints, evaluate; read downward."""
 
-import contextlib
 import pathlib
-import time
 from collections.abc import Callable
 
 import jax
@@ -16,9 +14,9 @@ from recjax import (
   distributed,
   evaluate,
   frequency,
-  metrics,
   models,
   planning,
+  progress,
   sparse_optim,
   tables,
   train_step,
@@ -56,10 +54,12 @@ def plan(
   prepared: Prepared | None,
   workdir: pathlib.Path,
   report: Report,
+  serving: bool = False,
 ) -> Plan:
   """Profile, budgets and topology -> plan.json; for any number of devices.
 
-  Without a prepared data set, from the table sizes in data.rows.
+  Without a prepared data set, from the table sizes in data.rows. A plan for
+  serving is for the forward pass only, of rows without slots.
   """
   devices = config.mesh.devices or jax.device_count()
   hosts = distributed.machines()
@@ -83,6 +83,7 @@ def plan(
       slot_bytes=sparse_optim.slot_bytes(
         config.embedding.optimizer, config.embedding.dim
       ),
+      serving=serving,
     ).to_json()
 
   # Machines differ a little in their memory: one plan for all.
@@ -116,18 +117,23 @@ def _dense_optimizer(
   }[c.optimizer]()
 
 
-def _build(config, prepared, plan_, mesh, steps) -> tuple[Model, TrainState]:
+def _build(
+  config, prepared, plan_, mesh, steps, serving=False
+) -> tuple[Model, TrainState]:
   """The static model and a fresh state, placed as the plan says."""
   schema, e = prepared.schema, config.embedding
   activations = sum(f.activations for f in schema.features)
   params, apply = models.build(
     config.model, len(schema.dense), activations, e.dim, config.seed
   )
+  sparse_optimizer = sparse_optim.OPTIMIZERS[e.optimizer](e.learning_rate)
+  if serving:
+    sparse_optimizer = sparse_optimizer._replace(slots={})
   model = Model(
     apply=apply,
     features=schema.features,
     dense_optimizer=_dense_optimizer(config, steps),
-    sparse_optimizer=sparse_optim.OPTIMIZERS[e.optimizer](e.learning_rate),
+    sparse_optimizer=sparse_optimizer,
     plan=plan_,
     exchange_dtype=jnp.dtype(e.exchange_dtype),
     seed=config.seed,
@@ -200,10 +206,13 @@ def _summary(step: int, result: dict, prepared: Prepared) -> str:
 def evaluate_checkpoint(
   config: Config, workdir: pathlib.Path, report: Report
 ) -> dict:
-  """Restores a checkpoint onto this mesh and plan; the test split's metrics."""
+  """Restores a checkpoint onto this mesh and a plan for serving; its metrics.
+
+  The rows only: slots are not read.
+  """
   mesh = mesh_lib.make_mesh(config.mesh.devices)
   prepared = prepare(config, workdir, report)
-  plan_ = plan(config, prepared, workdir, report)
+  plan_ = plan(config, prepared, workdir, report, serving=True)
   directory = workdir / "checkpoints"
   step = config.checkpoint.step
   if step < 0:
@@ -212,7 +221,7 @@ def evaluate_checkpoint(
       raise UserError(
         f"--workdir: {directory} holds no checkpoint to evaluate; train first"
       )
-  model, state = _build(config, prepared, plan_, mesh, steps=0)
+  model, state = _build(config, prepared, plan_, mesh, 0, serving=True)
   state, _ = _restore(
     config, prepared, directory, step, state, model, mesh, report
   )
@@ -231,6 +240,10 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     UserError: bad config, data, budgets or checkpoint; the loss is not finite.
   """
   # ---- Mesh, data, plan
+  if config.plan.serving:
+    raise UserError(
+      "plan.serving: a plan for serving cannot train; use it with --mode=plan"
+    )
   mesh = mesh_lib.make_mesh(config.mesh.devices)
   prepared = prepare(config, workdir, report)
   plan_ = plan(config, prepared, workdir, report)
@@ -271,7 +284,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
   # ---- Loop
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
-    _writer(workdir, first) as write,
+    progress.writer(workdir, first) as write,
   ):
 
     def save(step):
@@ -287,7 +300,9 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
       )
 
     expected = sum(r.distinct for r in plan_.reports[1:])
-    log = _Log(config, steps, first, expected, write, report, saver, directory)
+    log = progress.StepLog(
+      config.train, steps, first, expected, write, report, saver, directory
+    )
     for step in range(first + 1, steps + 1):
       batch = next(data)
       batch.pop("mask")
@@ -307,78 +322,10 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
   return result
 
 
-@contextlib.contextmanager
-def _writer(workdir, first):
-  """metrics.MetricsWriter.write on process 0; the others write nothing."""
-  if jax.process_index():
-    yield lambda *_: None
-    return
-  with metrics.MetricsWriter(workdir, first) as writer:
-    yield writer.write
-
-
-class _Log:
-  """Fetches a step's metrics after the next step was dispatched."""
-
-  def __init__(
-    self, config, steps, first, expected, write, report, saver, directory
-  ):
-    self._expected = expected  # distinct rows, by the plan
-    self._every = config.train.log_every_steps
-    self._batch_size, self._steps = config.train.batch_size, steps
-    self._put, self._report = write, report
-    self._saver, self._directory = saver, directory
-    self._pending: tuple | None = None
-    self._window: list[dict] = []
-    self._since, self._at = time.monotonic(), first
-
-  def add(self, step: int, out: dict) -> None:
-    self.flush()
-    self._pending = step, out
-
-  def flush(self) -> None:
-    if self._pending is None:
-      return
-    (step, out), self._pending = self._pending, None
-    out = {k: float(v) for k, v in jax.device_get(out).items()}
-    if not np.isfinite(out["loss"]):
-      self._saver.wait_until_finished()
-      last = self._saver.latest_step()
-      kept = f"checkpoint {last} in {self._directory}" if last else "nothing"
-      raise UserError(
-        f"the loss is {out['loss']} at step {step}; {kept} is kept as it was. "
-        "Lower train.learning_rate or embedding.learning_rate, or look at the "
-        "data of that step"
-      )
-    self._window.append(out)
-    if step % self._every == 0 or step == self._steps:
-      self._write(step)
-
-  def _write(self, step: int) -> None:
-    now = time.monotonic()
-    seconds = max(now - self._since, 1e-9)
-    rate = (step - self._at) / seconds
-    mean = {
-      k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]
-    }
-    mean["rounds"] = max(w["rounds"] for w in self._window)
-    mean["samples_per_second"] = rate * self._batch_size
-    self._put(step, "train", mean)
-    self._report(
-      f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "
-      f"{mean['samples_per_second']:,.0f} samples/s, "
-      f"rounds {mean['rounds']:.0f}, "
-      f"distinct rows {mean['distinct_rows']:,.0f} "
-      f"(planned {self._expected:,.0f}), "
-      f"{(self._steps - step) / rate:.0f} s left"
-    )
-    self._window, self._since, self._at = [], now, step
-
-
 def prepare_and_plan(config, workdir, report) -> Plan:
   assumed = config.data.rows and not config.data.train
   prepared = None if assumed else prepare(config, workdir, report)
-  return plan(config, prepared, workdir, report)
+  return plan(config, prepared, workdir, report, config.plan.serving)
 
 
 MODES = {

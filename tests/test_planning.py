@@ -42,7 +42,7 @@ def terabyte(**changes) -> Config:
   return c
 
 
-def run(config, workdir, devices=8, prepared=None):
+def run(config, workdir, devices=8, prepared=None, serving=False):
   lines = []
   plan = planning.run(
     config,
@@ -52,6 +52,7 @@ def run(config, workdir, devices=8, prepared=None):
     devices=devices,
     hosts=1,
     slot_bytes=512,
+    serving=serving,
   )
   return plan, "\n".join(lines)
 
@@ -89,6 +90,18 @@ def test_terabyte_before_there_is_data(tmp_path, devices):
       assert 0 <= x <= x + w <= width
       assert 0 <= y <= y + h <= height
       assert w > 0
+
+
+def test_serving_is_planned_for_the_forward_pass(tmp_path):
+  trained, _ = run(terabyte(), tmp_path)
+  served, _ = run(terabyte(), tmp_path, serving=True)
+  assert Plan.from_json((tmp_path / "plan.json").read_text()) == trained
+  assert Plan.from_json((tmp_path / "serving_plan.json").read_text()) == served
+  assert len(svgs((tmp_path / "serving_plan.html").read_text())) == 4
+  assert served.step_seconds < trained.step_seconds / 2
+  # Nothing is replicated where gradients meet; in serving it saves the trip.
+  assert trained.hot == 0 < served.hot
+  assert dict(served.memory)["slots"] == dict(served.sent)["gradients"] == 0
 
 
 def test_a_plan_that_sends_nothing_is_drawn(tmp_path):

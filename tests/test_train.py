@@ -16,6 +16,7 @@ import pytest
 from recjax import config as config_lib
 from recjax import train
 from recjax.errors import UserError
+from recjax.planner import Plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -97,9 +98,15 @@ def test_evaluates_on_one_device_with_every_row_cold(trained):
   config = small_config(workdir)
   config.mesh.devices = 1
   config.plan.hot_rows = config.plan.warm_rows = 0
+  trained_with = (workdir / "plan.json").read_text()
   got = train.evaluate_checkpoint(config, workdir, quiet)
   for name in result:
     np.testing.assert_allclose(got[name], result[name], atol=1e-6)
+  # Planned without gradients and slots, beside the plan of the training.
+  assert (workdir / "plan.json").read_text() == trained_with
+  plan = Plan.from_json((workdir / "serving_plan.json").read_text())
+  assert dict(plan.memory)["slots"] == dict(plan.sent)["gradients"] == 0
+  assert plan.reports[2].bytes == plan.cold_slots * 4 * plan.dim
 
 
 def test_evaluates_an_older_checkpoint(trained):
@@ -252,3 +259,10 @@ def test_criteo_kaggle_reaches_its_auc(tmp_path):
   assert result["samples"] == 16_000
   assert result["auc"] >= 0.765
   assert result["log_loss"] < 0.445
+
+
+def test_a_plan_for_serving_cannot_train(tmp_path):
+  config = small_config(tmp_path)
+  config.plan.serving = True
+  with pytest.raises(UserError, match=r"plan\.serving: .*--mode=plan"):
+    train.train(config, tmp_path, quiet)
