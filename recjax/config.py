@@ -88,7 +88,7 @@ class Plan:
   host_memory_mb: int = 0  # tables and slots, a host; 0 = from the machine
   hot_rows: int = -1  # -1 = planned
   warm_rows: int = -1  # -1 = planned
-  overflow_probability: float = 1e-6  # a step, all buffers together
+  overflow_probability: float = 1e-2  # bound: a step needs a second round
   capacity: int = 0  # rows a peer and round of every buffer; 0 = planned
   hot_sync: str = _choice("", "dense", "sparse")  # of gradients; "" = planned
   topology: str = ""  # a preset's name or a JSON file; "" = this machine

@@ -69,7 +69,7 @@ class Problem:
   spectrum: Spectrum
   work: Work
   topology: Topology
-  overflow_probability: float | None = 1e-6  # None: no padding of buffers
+  overflow_probability: float | None = 1e-2  # None: no padding of buffers
   objective: str = "time"  # or "bytes"
 
   @functools.cached_property

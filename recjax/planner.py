@@ -103,7 +103,7 @@ def make_problem(
   dim: int,
   dtype: str,
   slot_bytes: int,
-  overflow_probability: float | None = 1e-6,
+  overflow_probability: float | None = 1e-2,
   topology: Topology | None = None,
   exchange_dtype: str = "float32",
   dense: Dense | None = None,
@@ -119,7 +119,8 @@ def make_problem(
     batch_size: B, global.
     lookups: S, lookups of a sample at most.
     dim, dtype, slot_bytes: of a row.
-    overflow_probability: of any buffer of any device in a step; None = the
+    overflow_probability: a bound for any buffer of any device in a step, some
+      thirty times the truth, after which a second round is due; None = the
       expected rows, without padding.
     topology: how fast the machines are; None = simulated CPU devices.
     exchange_dtype: of rows and gradients on the wire.

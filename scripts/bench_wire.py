@@ -52,7 +52,7 @@ def base_config(processes: int) -> config_lib.Config:
   c.model.bottom, c.model.top = (64, 32), (64, 32)
   c.mesh.devices = processes
   c.plan.hot_rows, c.plan.warm_rows = 2_000, 40_000
-  c.train.batch_size = 2_048 * processes
+  c.train.batch_size = 8_192 * processes
   return c
 
 
