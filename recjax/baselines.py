@@ -160,7 +160,7 @@ def hugectr(
       if best is None or placed.seconds < best.seconds:
         best = placed
     by = (
-      (lambda i: tables[i].hotness / splits[i])
+      (lambda i: tables[i].lookups / splits[i])
       if shards is not None
       else (lambda i: tables[i].rows / splits[i])
     )
@@ -189,7 +189,7 @@ def _greedy(
   n, stored = problem.work.devices, problem.work.stored
   tables = problem.spectrum.tables
   parts = [
-    (i, k, tables[i].hotness / k, -(-tables[i].rows // k))
+    (i, k, tables[i].lookups / k, -(-tables[i].rows // k))
     for i, k in splits.items()
     for _ in range(k)
   ]
@@ -232,7 +232,7 @@ def of_shards(
   sent = {"ids": 0.0, "vectors": 0.0}
   far = b * (n - 1) / n
   for s in shards:
-    hotness = tables[s.table].hotness / s.splits  # of a bag, here
+    hotness = tables[s.table].lookups / s.splits  # of a bag, here
     some = min(hotness, 1.0)
     at = s.device
     lookups[at] += hotness * work.batch_size

@@ -18,12 +18,19 @@ ID_BYTES = 4
 # ---- Distinct rows
 
 
-def bag_probability(r, hotness: int):
-  """p = 1 - (1-r)^h: a bag of h independent lookups holds the row.
+def bag_probability(r, sizes):
+  """p = 1 - sum_h P(h) (1-r)^h: a bag of independent lookups holds the row.
 
   A lookup is the row with probability r. Duplicates within a bag count once.
+
+  Args:
+    r: [R] float64.
+    sizes: h of every bag, or [H + 1] P(a bag has h lookups), h = 0 ... H.
   """
-  return touch_probability(np.asarray(r, np.float64), hotness)
+  r = np.asarray(r, np.float64)
+  if np.ndim(sizes) == 0:
+    return touch_probability(r, sizes)
+  return sum(x * touch_probability(r, h) for h, x in enumerate(sizes) if h)
 
 
 def touch_probability(p: np.ndarray, samples: int) -> np.ndarray:

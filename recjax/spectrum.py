@@ -23,9 +23,19 @@ _EXACT = 1 << 14  # ranks of a power law that are added one by one
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+  """Any table that samples look rows up in."""
+
   name: str
   rows: int
-  hotness: int = 1  # lookups of a sample
+  hotness: int = 1  # lookups of a sample, at most
+  bags: tuple[float, ...] = ()  # P(0, 1, ... lookups); () = always hotness
+
+  @property
+  def lookups(self) -> float:
+    """Of a sample, expected."""
+    if not self.bags:
+      return self.hotness
+    return float(np.arange(len(self.bags)) @ self.bags)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,7 +163,7 @@ def power_law(tables: tuple[Table, ...], exponent: float) -> Spectrum:
   s = exponent
   parts = []
   for table in tables:
-    h, head = table.hotness, min(table.rows, _EXACT)
+    head = min(table.rows, _EXACT)
     weights = np.arange(1, head + 1, dtype=np.float64) ** -s
     norm = weights.sum() + _integral(head, table.rows, s)
     starts = np.arange(head + 1)
@@ -166,7 +176,8 @@ def power_law(tables: tuple[Table, ...], exponent: float) -> Spectrum:
     mass = _integral(a, b, s)
     mass[:head] = weights
     r = np.minimum(mass / norm / (b - a), 1.0)
-    parts.append((b - a, cost.bag_probability(r, h), h * r))
+    p = cost.bag_probability(r, table.bags or table.hotness)
+    parts.append((b - a, p, table.lookups * r))
   count, p, uses = (np.concatenate(x) for x in zip(*parts, strict=True))
   order = np.argsort(-p, kind="stable")
   count, p, uses = _merge(count[order], p[order], uses[order])

@@ -5,8 +5,7 @@
 1. The Criteo Kaggle and Terabyte tables, three exponents, 1 to 1,024 devices:
    the planned cost over its lower bound (no placement costs less), seconds.
 2. A counted profile of 33.8 M rows: seconds to a plan.
-3. Bytes a sample of the 26 Kaggle tables on 8 devices, local batch 8,192.
-4. The plan beside other placements and, where it is installed, TorchRec's.
+3. The plan beside other placements and, where it is installed, TorchRec's.
 Ends with the peak memory of it all.
 """
 
@@ -20,7 +19,7 @@ import time
 
 import numpy as np
 
-from recjax import baselines, cost, cuts, planner, presets, spectrum
+from recjax import baselines, cuts, planner, presets, spectrum
 from recjax.frequency import Profile
 from recjax.spectrum import Table
 
@@ -101,44 +100,6 @@ def counted() -> None:
   print(planner.describe(plan))
 
 
-def traffic() -> None:
-  """Exchange bytes of a plan without replicas, over the floor and rivals."""
-  n, b = 8, 8_192
-  print(f"{'dim':>4} {'s':>5} {'wire':>9} {'overflow':>8} {'ours':>9} "
-        f"{'floor':>9} "
-        f"{'ratio':>6} {'table-wise':>11} {'row-wise':>9}")  # fmt: skip
-  for dim in (16, 128):
-    for exponent in EXPONENTS:
-      for wire, chance in (
-        ("float32", 1e-6), ("float32", 1e-2), ("bfloat16", 1e-2),
-      ):  # fmt: skip
-        problem = problem_of(
-          KAGGLE,
-          exponent,
-          n,
-          n * b,
-          dim,
-          exchange_dtype=wire,
-          objective="bytes",
-          overflow_probability=chance,
-        )
-        plan = planner.solve(
-          problem, hosts=1, device_bytes=1 << 40, host_bytes=1 << 40
-        )
-        sent = sum(v for k, v in plan.sent if k != "host")
-        w = problem.work.wire_bytes
-        distinct = float(problem.distinct(0, plan.rows))
-        floor = sum(cost.coalesced_bytes(distinct, w, n))
-        whole = 4 * dim  # the others exchange float32
-        table = sum(sum(cost.pooled_bytes(1.0, b, 1, whole, n)) for _ in KAGGLE)
-        row = sum(cost.uncoalesced_bytes(len(KAGGLE), b, whole, n))
-        print(
-          f"{dim:4} {exponent:5} {wire:>9} {chance:8.0e} {sent / b:>9,.1f} "
-          f"{floor / b:>9,.1f} {sent / floor:>6.3f} {table / sent:>10.1f}x "
-          f"{row / sent:>8.1f}x"
-        )
-
-
 def torchrec(problem, python: str) -> baselines.Placed:
   """TorchRec's plan, costed by our model as table shards pooled at owners."""
   work, t = problem.work, problem.topology
@@ -202,7 +163,7 @@ def main() -> None:
   )
   parser.add_argument("--rivals_python", help="a Python that has torchrec")
   args = parser.parse_args()
-  for part in (optimality, counted, traffic):
+  for part in (optimality, counted):
     print(f"# {part.__name__}", flush=True)
     part()
   print("# placements", flush=True)

@@ -49,6 +49,24 @@ def test_small_counts_have_a_bucket_each():
   np.testing.assert_allclose(s.p, found / 2_000, rtol=1e-15)
 
 
+def test_bags_of_any_size():
+  """Distinct rows of simulated batches, sizes drawn from a distribution."""
+  bags = (0.2, 0.3, 0.0, 0.1, 0.0, 0.4)
+  rows, samples, batches = 400, 64, 400
+  table = Table("t", rows, hotness=5, bags=bags)
+  assert table.lookups == pytest.approx(0.3 + 3 * 0.1 + 5 * 0.4)
+  s = spectrum.power_law((table,), 1.1)
+  assert s.count @ s.uses == pytest.approx(table.lookups)
+  r = np.arange(1, rows + 1) ** -1.1
+  rng = np.random.default_rng(0)
+  found = 0
+  for _ in range(batches):
+    sizes = rng.choice(len(bags), samples, p=bags)
+    found += len(np.unique(rng.choice(rows, sizes.sum(), p=r / r.sum())))
+  want = float(s.below(s.touched(samples))(rows))
+  assert found / batches == pytest.approx(want, rel=0.005)
+
+
 def test_slices_do_not_show(monkeypatch):
   counts = np.random.default_rng(0).zipf(1.2, 5_000).clip(0, 10**6)
   whole = spectrum.of_profile(profile_of(counts, 10**6, 3), (1, 4, 9))
