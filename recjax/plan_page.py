@@ -145,7 +145,7 @@ def _coverage(plan: Plan, problem: Problem) -> str:
         f'height="{bottom - _TOP}" fill="{_TIERS[name]}" opacity="0.13"/>'
       )
       middle = (x(start) + x(stop)) / 2
-      body.append(_text(middle, _TOP + 14, name, "middle", _TIERS[name]))
+      body.append(_text(middle, bottom - 8, name, "middle", _TIERS[name]))
       if stop < rows:
         body.append(_line(x(stop), _TOP, x(stop), bottom, _TIERS[name], "4 3"))
   for k in range(decades + 1):

@@ -319,6 +319,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     result = _evaluate(config, prepared, model, state, mesh, report)
     write(step, "test", result)
   report(_summary(step, result, prepared))
+  plan(config, prepared, workdir, lambda _: None)  # plan.html, now measured
   return result
 
 

@@ -81,6 +81,7 @@ def test_a_run_leaves_what_it_should(trained):
     workdir.glob("**/events.out.tfevents*")
   )
   assert (workdir / "plan.json").exists()
+  assert "measured" in (workdir / "plan.html").read_text()
   assert (workdir / "checkpoints" / "vocabulary.parquet").exists()
   kept = [p.name for p in (workdir / "checkpoints").iterdir() if p.is_dir()]
   assert sorted(kept) == ["60", str(steps)]
