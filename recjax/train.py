@@ -89,6 +89,15 @@ def plan(
   return Plan.from_json(distributed.from_first(make))
 
 
+def _begin(config, workdir, report):
+  """(prepared data, plan, mesh)."""
+  c = config.mesh
+  mesh_lib.make_mesh(c.devices, c.node_devices)  # or an error, before all work
+  prepared = prepare(config, workdir, report)
+  plan_ = plan(config, prepared, workdir, report)
+  return prepared, plan_, mesh_lib.make_mesh(plan_.devices, plan_.node_devices)
+
+
 # ---- Model and state
 
 
@@ -201,9 +210,7 @@ def evaluate_checkpoint(
   config: Config, workdir: pathlib.Path, report: Report
 ) -> dict:
   """Restores a checkpoint onto this mesh and plan; the test split's metrics."""
-  mesh = mesh_lib.make_mesh(config.mesh.devices)
-  prepared = prepare(config, workdir, report)
-  plan_ = plan(config, prepared, workdir, report)
+  prepared, plan_, mesh = _begin(config, workdir, report)
   directory = workdir / "checkpoints"
   step = config.checkpoint.step
   if step < 0:
@@ -230,10 +237,8 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
   Raises:
     UserError: bad config, data, budgets or checkpoint; the loss is not finite.
   """
-  # ---- Mesh, data, plan
-  mesh = mesh_lib.make_mesh(config.mesh.devices)
-  prepared = prepare(config, workdir, report)
-  plan_ = plan(config, prepared, workdir, report)
+  # ---- Data, plan, mesh
+  prepared, plan_, mesh = _begin(config, workdir, report)
   processes = jax.process_count()
   local = config.train.batch_size // processes
   per_epoch = batches.steps_per_epoch(prepared, "train", local, processes)

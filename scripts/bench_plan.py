@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from recjax import baselines, cost, cuts, planner, presets, spectrum
+from recjax import baselines, bounds, cost, cuts, planner, presets, spectrum
 from recjax.frequency import Profile
 from recjax.spectrum import Table
 
@@ -68,7 +68,7 @@ def optimality() -> None:
           found = cuts.best_cuts(problem, fit, host, syncs=("dense",))
           seconds = time.perf_counter() - start
           got = float(problem.cost_of_cuts(*found))
-          bound = cuts.lower_bound(problem, fit, host)
+          bound = bounds.lower_bound(problem, fit, host)
           padded = dataclasses.replace(problem, overflow_probability=1e-6)
           start = time.perf_counter()
           cuts.best_cuts(padded, fit, host)

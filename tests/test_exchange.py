@@ -119,7 +119,10 @@ def one_round(plan):
     route = exchange.route(ids.reshape(-1), plan)
     begin = jax.numpy.where(first, route.starts[:-1], begin.reshape(-1))
     now = exchange.next_round(route, begin, plan)
-    requests = exchange.request(route, now, plan)
+    requests = tuple(
+      asked and asked.slots.reshape(plan.devices, -1)
+      for asked in (now.warm, now.cold)
+    )
     positions = exchange.positions(route, now, plan)
     seen = (now.begin, now.end, now.more, requests, positions)
     return jax.tree.map(lambda x: x[None], seen)

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from recjax import lookup, sparse_optim, tables, train_step
+from recjax.cuts import FLAT, TRANSPORTS
 from recjax.mesh import batch_sharding, make_mesh, replicated
 from recjax.planner import Plan
 from recjax.specs import Feature
@@ -59,9 +60,15 @@ TIERS = {
 }
 
 
-def make_plan(devices, tiers, capacity, batch=BATCH, dtype="float32"):
+def make_plan(
+  devices, tiers, capacity, batch=BATCH, dtype="float32", nodes=(0, FLAT)
+):
+  """nodes: (devices of each, transport)."""
   hot, warm = TIERS[tiers]
   enough = capacity or ROWS
+  node_devices, way = nodes
+  staged = way.exchange == "two_stage"
+  copies = way.warm_copies == "node"
   return Plan(
     devices=devices,
     batch_size=batch,
@@ -74,6 +81,11 @@ def make_plan(devices, tiers, capacity, batch=BATCH, dtype="float32"):
     capacity_cold=enough if hot + warm < ROWS else 0,
     hot_sync="sparse" if "sparse" in tiers else "dense",
     capacity_hot=enough if "sparse" in tiers else 0,
+    node_devices=node_devices,
+    exchange=way.exchange,
+    warm_copies=way.warm_copies,
+    capacity_far_warm=enough if warm and (staged or copies) else 0,
+    capacity_far_cold=enough if hot + warm < ROWS and staged else 0,
   )
 
 
@@ -209,7 +221,7 @@ def rank_order(t: tables.Tables, plan):
 
 
 def build(features, plan, optimizer, exchange_dtype=jnp.float32):
-  mesh = make_mesh(plan.devices)
+  mesh = make_mesh(plan.devices, plan.node_devices)
   model = train_step.Model(
     apply=apply,
     features=features,
@@ -302,6 +314,42 @@ def test_equals_one_dense_table(devices, tiers, capacity, kind, optimizer):
   got = rank_order(state.tables, plan)
   assert_close((got.rows, got.slots, state.params), (rows, slots, params))
   assert (max(rounds) > 1) == (capacity == "one_row")
+
+
+# Nodes of 4 and of 2 devices, and the buffers' rows (0: enough for all).
+NODES = [
+  *itertools.product((4,), TRANSPORTS, ("mixed",), (0, 1), ("adam",)),
+  *itertools.product((2,), TRANSPORTS[1:], ("mixed",), (0, 1), ("sgd",)),
+  (4, TRANSPORTS[3], "mixed_sparse", 1, "rowwise_adagrad"),
+  (4, TRANSPORTS[2], "cold", 1, "adagrad"),
+  (2, TRANSPORTS[1], "warm", 2, "adagrad"),
+]
+
+
+@pytest.mark.parametrize(("g", "way", "tiers", "capacity", "optimizer"), NODES)
+def test_several_nodes_equal_one_dense_table(
+  g, way, tiers, capacity, optimizer
+):
+  kind = "shared_table"
+  plan = make_plan(8, tiers, capacity, nodes=(g, way))
+  first, state, rounds = train(FEATURES[kind], plan, optimizer, FAST)
+  want_first, (rows, slots, params) = wanted(kind, optimizer)
+  np.testing.assert_array_equal(first, want_first)
+  got = rank_order(state.tables, plan)
+  assert_close((got.rows, got.slots, state.params), (rows, slots, params))
+  assert (max(rounds) > 1) == (capacity > 0)
+  check_copies(state)
+
+
+def check_copies(state):
+  """All replicas of an array are the same, bit by bit."""
+  for x in jax.tree.leaves(state.tables):
+    by_part = {}
+    for shard in x.addressable_shards:
+      by_part.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    for first, *others in by_part.values():
+      for other in others:
+        np.testing.assert_array_equal(first, other)
 
 
 def test_bfloat16_exchange_stays_close():
