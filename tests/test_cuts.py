@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, sparse
 
@@ -159,8 +159,34 @@ def node_problems(draw):
   return problem, draw(st.integers(0, 8)), draw(st.integers(0, 8)) * devices
 
 
+def slow_network():
+  """Where rare rows are better cold than with a copy in either node."""
+  t = presets.get("dgx_h200", 4)
+  t = dataclasses.replace(
+    t,
+    node_devices=2,
+    link_latency=0.0,
+    network_latency=0.0,
+    host_latency=0.0,
+    host_link=1e15,
+    host_gather=4 * t.gather,
+    network=1e6,
+  )
+  work = work_of(4, 1, node_devices=2)
+  s = spectrum_of([0.6, 0.5, 0.3, 0.2, 0.1])
+  return cuts.Problem(s, work, t, None), 3, 4
+
+
+def test_rare_rows_need_no_copies():
+  """Neither all that fit nor none: what the network or the hosts ask for."""
+  for exchange, end in (("flat", 4), ("two_stage", 1)):
+    way = cuts.Transport(exchange, "node")
+    assert cuts.best_cuts(*slow_network(), ways=(way,))[:2] == (0, end)
+
+
 @settings(max_examples=400, deadline=None)
 @given(node_problems())
+@example(slow_network())
 def test_no_cuts_are_cheaper_with_any_transport(case):
   problem, fit, host_rows = case
   n, rows = problem.work.devices, problem.spectrum.rows
