@@ -68,7 +68,10 @@ def optimality() -> None:
           found = cuts.best_cuts(problem, fit, host, syncs=("dense",))
           seconds = time.perf_counter() - start
           got = float(problem.cost_of_cuts(*found))
-          bound = bounds.lower_bound(problem, fit, host)
+          bound = min(
+            bounds.lower_bound(problem, fit, host, way)
+            for way in cuts.transports(problem.work)
+          )
           padded = dataclasses.replace(problem, overflow_probability=1e-6)
           start = time.perf_counter()
           cuts.best_cuts(padded, fit, host)
