@@ -22,7 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from recjax import tables as tables_lib
 from recjax.errors import UserError
-from recjax.mesh import AXIS, replicated
+from recjax.mesh import replicated
 from recjax.planner import Plan
 from recjax.tables import DEVICE, HOST, Tables, Tier
 from recjax.train_step import Model, TrainState
@@ -67,8 +67,7 @@ def make_checksums(model: Model, mesh: Mesh):
     }
 
   def checksums(tables: Tables):
-    owner = lax.axis_index(AXIS).astype(jnp.int32)
-    n, total = plan.devices, {}
+    total = {}
     for name, count, slots in (
       ("warm", plan.warm, plan.warm_slots),
       ("cold", plan.cold, plan.cold_slots),
@@ -76,6 +75,8 @@ def make_checksums(model: Model, mesh: Mesh):
       tier = getattr(tables, name)
       if tier is None:
         continue
+      n, axes = tables_lib.owners_of(plan, name)
+      owner = lax.axis_index(axes).astype(jnp.int32)
       rank = lax.broadcasted_iota(jnp.int32, (slots, 1), 0) * n + owner
       valid = rank < count
       if name == "cold":
@@ -84,8 +85,8 @@ def make_checksums(model: Model, mesh: Mesh):
         )
       else:
         sums = tier_sum(tier, valid)
+      sums = lax.psum(sums, axes)  # of copies once
       total = {k: total.get(k, jnp.uint32(0)) + v for k, v in sums.items()}
-    total = lax.psum(total, AXIS)
     if tables.hot is not None:
       sums = tier_sum(tables.hot, jnp.ones(plan.hot, bool))
       total = {k: total.get(k, jnp.uint32(0)) + v for k, v in sums.items()}
@@ -302,7 +303,7 @@ class _Stored:
       if tier == "hot":
         part = x[a:b]
       else:
-        n = p.devices
+        n, _ = tables_lib.owners_of(p, tier)
         slots = x[a // n : -(-b // n)].read().result()
         part = slots.reshape(-1, *slots.shape[2:])
         part = part[a - a // n * n :][: b - a]

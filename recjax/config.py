@@ -79,6 +79,7 @@ class Model:
 @dataclass
 class Mesh:
   devices: int = 0  # 0 = all; on CPU that many simulated devices
+  node_devices: int = 0  # joined by fast links; 0 = as the topology says
   devices_per_host: int = 8  # to plan for machines that are not there
 
 
@@ -91,6 +92,9 @@ class Plan:
   overflow_probability: float = 1e-2  # bound: a step needs a second round
   capacity: int = 0  # rows a peer and round of every buffer; 0 = planned
   hot_sync: str = _choice("", "dense", "sparse")  # of gradients; "" = planned
+  # How sharded rows travel between several nodes; "" = planned.
+  exchange: str = _choice("", "flat", "two_stage")
+  warm_copies: str = _choice("", "one", "node")
   topology: str = ""  # a preset's name or a JSON file; "" = this machine
   objective: str = _choice("time", "bytes")  # what is least
   exponent: float = 1.15  # of every table, where data.rows is planned with
@@ -239,6 +243,7 @@ def _check_ranges(c: Config) -> None:
     "train.decay_steps",
     "checkpoint.every_steps",
     "mesh.devices",
+    "mesh.node_devices",
     "plan.device_memory_mb",
     "plan.capacity",
     "plan.host_memory_mb",

@@ -10,7 +10,9 @@ pi_j - pi_i. Let i be warm, j cold, pi_j > pi_i: swapping moves pi_j - pi_i
 from M_cold to M_warm. Neither costs more, so some optimum has the tiers in
 frequency order: two cuts. (Where hot rows' touched gradients are exchanged,
 hot_sync "sparse", a hot row's cost grows with pi as well, for n > 2 faster
-than a warm row's: there the order is that of the tables, not the best of all.)
+than a warm row's; and where each of several nodes has a copy of the warm rows,
+their gradients may cost more than a cold row: there the order is that of the
+tables, not the best of all.)
 
 Which cuts. With `hot` given, more warm rows never cost more but for the first
 one (latencies), so the devices' memory is full or there is no warm tier. What
@@ -22,6 +24,8 @@ those few thousand points, all of which are tried.
 
 import dataclasses
 import functools
+import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,6 +35,35 @@ from recjax.step_cost import Load, Work
 from recjax.topology import Topology
 
 HOT_SYNCS = ("dense", "sparse")  # what lookup.py has
+
+
+class Transport(NamedTuple):
+  """How sharded rows travel on a mesh of nodes; what exchange.py has.
+
+  exchange: "flat", all devices ask the owners; or "two_stage", a node's
+  devices first unite what they ask of an owner, so that a row crosses the
+  network once a node. warm_copies: "one", sharded over all devices; or
+  "node", over the devices of each node, whose gradients meet in a gather.
+  """
+
+  exchange: str = "flat"
+  warm_copies: str = "one"
+
+  def warm_owners(self, work: Work) -> int:
+    """Devices that share the warm rows out."""
+    return work.devices // (work.nodes if self.warm_copies == "node" else 1)
+
+
+FLAT = Transport()
+TRANSPORTS = tuple(
+  Transport(*x)
+  for x in itertools.product(("flat", "two_stage"), ("one", "node"))
+)
+
+
+def transports(work: Work) -> tuple[Transport, ...]:
+  """Those that differ: on one node, or nodes of one device, all are flat."""
+  return TRANSPORTS if 1 < work.nodes < work.devices else (FLAT,)
 
 
 def _bits(x):
@@ -87,18 +120,53 @@ class Problem:
     """Expected rows of [start, stop) that a device touches in a step."""
     return self._below[0].between(start, stop)
 
-  def buffers(self, start, stop):
-    """Rows n C of the exchange buffer of the tier [start, stop)."""
+  def buffers(self, start, stop, owners=0, staged=False):
+    """Rows of a device's exchange buffer of the tier [start, stop).
+
+    n C; with other `owners` than all devices so many times C; `staged` where
+    another stage follows.
+    """
     mean, variance = (x.between(start, stop) for x in self._below)
     top = self.spectrum.at(self.pi, start)
-    return self.buffers_of(mean, variance, top, stop - start)
+    return self.buffers_of(mean, variance, top, stop - start, owners, staged)
 
-  def buffers_of(self, mean, variance, top, rows):
+  def buffers_of(self, mean, variance, top, rows, owners=0, staged=False):
     """The same of any rows."""
-    n, each = self.work.devices, self.overflow_probability
-    if each is not None:
-      each = each / (2 * n * n)  # of a tier, device and peer
-    return cost.buffer_rows(mean, variance, top, rows, n, self.work.ids, each)
+    owners = owners or self.work.devices
+    each = self._each(staged)
+    return cost.buffer_rows(
+      mean, variance, top, rows, owners, self.work.ids, each
+    )
+
+  def _each(self, staged):
+    """Overflow probability of one buffer: of a tier, device and peer."""
+    n, nodes = self.work.devices, self.work.nodes
+    if self.overflow_probability is None:
+      return None
+    return self.overflow_probability / (2 * n * (n + staged * nodes))
+
+  @functools.cached_property
+  def _of_node(self):
+    """[K] P(a node touches a row of the bucket in a step), and as `_below`."""
+    samples = self.work.local * self.work.devices // self.work.nodes
+    pi = self.spectrum.touched(samples)
+    return pi, self.spectrum.below(pi), self.spectrum.below(pi * (1 - pi))
+
+  def far(self, start, stop, near, owners):
+    """Rows N C_far between nodes of the tier [start, stop).
+
+    A proxy unites what g devices ask of an owner, who is one of `owners`;
+    `near`: rows of the buffer that each of them asks with.
+    """
+    pi, *below = self._of_node
+    mean, variance = (x.between(start, stop) for x in below)
+    top = self.spectrum.at(pi, start)
+    g = self.work.devices // self.work.nodes
+    ids = self.work.ids * g
+    rows = cost.buffer_rows(
+      mean, variance, top, stop - start, owners, ids, self._each(True)
+    )
+    return np.minimum(rows, g * near) * (self.work.nodes / owners)
 
   def gathered(self, hot, sync):
     """Touched hot rows that a device shares with all; None: all-reduced."""
@@ -120,17 +188,31 @@ class Problem:
       of = step_cost.sent_bytes(self.work, load)
     return sum(of.values())
 
-  def load_of_cuts(self, hot, warm_end, sync="dense") -> Load:
-    """What cut points [..] ask of a step."""
-    return Load(
-      hot,
-      self.buffers(hot, warm_end),
-      self.buffers(warm_end, self.spectrum.rows),
-      self.gathered(hot, sync),
-    )
+  def load_of_cuts(
+    self, hot, warm_end, sync="dense", transport=FLAT, capacity=0
+  ) -> Load:
+    """What cut points [..] ask of a step; `capacity` of all buffers, if > 0."""
+    two_stage = transport.exchange == "two_stage"
+    copies = transport.warm_copies == "node"
+    loads = []
+    for start, stop, owners, staged in (
+      (hot, warm_end, transport.warm_owners(self.work), two_stage or copies),
+      (warm_end, self.spectrum.rows, self.work.devices, two_stage),
+    ):
+      near = self.buffers(start, stop, owners, staged)
+      if capacity:
+        most = np.minimum(-(-(stop - start) // owners), self.work.ids)
+        near = owners * np.minimum(capacity, most)
+      far = self.far(start, stop, near, owners) if staged else None
+      if staged and capacity:
+        far = np.minimum(far, capacity * self.work.nodes)
+      loads.append((near, far))
+    (warm, far_warm), (cold, far_cold) = loads
+    gathered = self.gathered(hot, sync)
+    return Load(hot, warm, cold, gathered, far_warm, far_cold, copies)
 
-  def cost_of_cuts(self, hot, warm_end, sync="dense"):
-    return self.evaluate(self.load_of_cuts(hot, warm_end, sync))
+  def cost_of_cuts(self, hot, warm_end, sync="dense", transport=FLAT):
+    return self.evaluate(self.load_of_cuts(hot, warm_end, sync, transport))
 
 
 def best_cuts(
@@ -140,118 +222,85 @@ def best_cuts(
   hot_rows: int = -1,
   warm_rows: int = -1,
   syncs: tuple[str, ...] = HOT_SYNCS,
-) -> tuple[int, int, str] | None:
-  """(hot, warm_end, hot_sync) of least cost; None where nothing fits.
+  ways: tuple[Transport, ...] = (),
+) -> tuple[int, int, str, Transport] | None:
+  """(hot, warm_end, hot_sync, transport) of least cost; None: nothing fits.
 
   Args:
     problem: what is minimised.
     fit: rows that a device can hold; host_rows: that all hosts can.
     hot_rows, warm_rows: given, where >= 0.
-    syncs: ways to choose from.
+    syncs, ways: to choose from; no ways = all that the mesh has.
   """
+  best = []
+  for way in ways or transports(problem.work):
+    hot, warm = _candidates(problem, fit, host_rows, hot_rows, warm_rows, way)
+    if not len(hot):
+      continue
+    load = problem.load_of_cuts(hot, hot + warm, transport=way)
+    for sync in syncs:
+      shared = problem.gathered(hot, sync)
+      costs = problem.evaluate(dataclasses.replace(load, gathered=shared))
+      # Of equal costs, the one with fewest rows on the host.
+      i = np.lexsort((-(hot + warm), costs))[0]
+      chosen = int(hot[i]), int(hot[i] + warm[i]), sync, way
+      best.append((float(costs[i]), *chosen))
+  return min(best, key=lambda x: x[0])[1:] if best else None
+
+
+def _candidates(problem, fit, host_rows, hot_rows, warm_rows, way):
+  """(hot, warm) rows [..] that fit, one of least cost among them."""
   s, n = problem.spectrum, problem.work.devices
-  rows = s.rows
+  rows, owners = s.rows, way.warm_owners(problem.work)
+  ends = s.ends
+  copies = way.warm_copies == "node" and warm_rows < 0
+  if copies:  # what the hosts must not hold may not all fit the devices
+    ends = np.append(ends, max(rows - host_rows // n * n, 0))
   if hot_rows >= 0:
     hot = np.array([min(hot_rows, rows)])
   elif warm_rows >= 0:
-    most = max(fit - slots_of(min(warm_rows, rows), n), 0)
-    hot = np.append(s.ends, most)
+    most = max(fit - slots_of(min(warm_rows, rows), owners), 0)
+    hot = np.append(ends, most)
   else:
-    hot = np.concatenate([s.ends, [fit]])
-    if n > 1:  # hot + (end - hot) / n = fit
-      tight = (n * fit - s.ends) // (n - 1)
+    hot = np.concatenate([ends, [fit]])
+    if owners > 1:  # hot + (end - hot) / owners = fit
+      tight = (owners * fit - ends) // (owners - 1)
       hot = np.concatenate([hot, tight, tight - 1])
   hot = np.unique(np.clip(hot, 0, min(fit, rows)))
   if warm_rows >= 0:
     warm = np.minimum(warm_rows, rows - hot)
   else:
-    warm = most_warm(rows, hot, fit, n)
-    hot, warm = np.append(hot, hot), np.append(warm, 0 * warm)
+    most = most_warm(rows, hot, fit, owners)
+    warm = [most, 0 * most]
+    if copies:
+      warm += _fewer_copies(problem, hot, most, host_rows, way)
+    hot, warm = np.tile(hot, len(warm)), np.concatenate(warm)
   cold = rows - hot - warm
-  fits = (hot + slots_of(warm, n) <= fit) & (slots_of(cold, n) * n <= host_rows)
-  hot, warm = hot[fits], warm[fits]
-  if not len(hot):
-    return None
-  best = []
-  for sync in syncs:
-    costs = problem.cost_of_cuts(hot, hot + warm, sync)
-    # Of equal costs, the one with fewest rows on the host.
-    i = np.lexsort((-(hot + warm), costs))[0]
-    best.append((float(costs[i]), int(hot[i]), int(hot[i] + warm[i]), sync))
-  return min(best, key=lambda x: x[0])[1:]
+  fits = hot + slots_of(warm, owners) <= fit
+  fits &= slots_of(cold, n) * n <= host_rows
+  return hot[fits], warm[fits]
 
 
-def lower_bound(problem: Problem, fit: int, host_rows: int) -> float:
-  """No placement costs less, not even with rows split between tiers.
+def _fewer_copies(problem, hot, most, host_rows, way):
+  """Warm rows [..] that may be better than as many as fit.
 
-  The Lagrangian dual: with prices of device and host memory each row takes its
-  cheapest tier, and any prices give a bound; the best are searched for. The
-  latencies of a tier that has rows at all make it one dual for every set of
-  tiers. For problems without padding, whose costs are linear.
+  Of a row with a copy in every node the gradients may cost the network more
+  than a cold row, and do so the sooner the rarer it is: the cost over
+  warm_end falls, then rises. Its least point, or what the hosts leave.
   """
-  n, rows = problem.work.devices, problem.spectrum.rows
-  best = np.inf
-  for tiers in range(1, 8):
-    hot, warm, cold = (bool(tiers >> k & 1) for k in range(3))
-    room = (n * fit if warm else fit if hot else 0) + cold * host_rows
-    if rows <= room:
-      on = np.array([hot, warm, cold])
-      best = min(best, _bound(problem, fit, host_rows, on))
-  return best
-
-
-def _bound(problem, fit, host_rows, on) -> float:
-  """`lower_bound` with rows in the tiers `on` [3] bool."""
   s, n = problem.spectrum, problem.work.devices
-  pi = problem.pi
-  rows = s.count.astype(np.float64)
-  tiny = np.where(on, 1e-9, 0.0)
-  fixed = float(problem.evaluate(Load(*tiny)))
-  slopes = [
-    (float(problem.evaluate(Load(*(tiny + 1e6 * unit)))) - fixed) / 1e6
-    for unit in np.eye(3)
-  ]
-  each = np.stack([slopes[0] + 0 * pi, slopes[1] * pi, slopes[2] * pi])[on]
-  of_device = np.array([1, 1 / n, 0])[on][:, None]  # of a row of the tier
-  of_host = np.array([0, 0, 1])[on][:, None]
-  top = max(float(np.abs(each).max()), 1e-30) * n
-
-  def dual(price, host_price):
-    costs = each + price * of_device + host_price * of_host
-    paid = price * fit + host_price * host_rows
-    return fixed + float(rows @ costs.min(axis=0)) - paid
-
-  def search(f):
-    return _highest(f, 1e-12 * top, 1e3 * top)
-
-  if host_rows >= s.rows:
-    return search(lambda price: dual(price, 0.0))
-  return search(lambda host: search(lambda price: dual(price, host)))
-
-
-def _highest(f, low: float, high: float) -> float:
-  """The largest value of a concave f on 0 and [low, high]; golden section."""
-  ratio = (np.sqrt(5) - 1) / 2
-  a, b = np.log(low), np.log(high)
-  x, y = b - ratio * (b - a), a + ratio * (b - a)
-  fx, fy = f(np.exp(x)), f(np.exp(y))
-  best = max(f(0.0), fx, fy)
-  for _ in range(75):
-    if fx >= fy:
-      b, y, fy = y, x, fx
-      x = b - ratio * (b - a)
-      fx = f(np.exp(x))
-    else:
-      a, x, fx = x, y, fy
-      y = a + ratio * (b - a)
-      fy = f(np.exp(y))
-    best = max(best, fx, fy)
-  return best
+  ends = s.ends[1:-1]  # with all tiers but the hot one
+  if not len(ends):
+    return []
+  costs = problem.cost_of_cuts(0 * ends, ends, "dense", way)
+  end = int(ends[np.argmin(costs)])
+  need = max(s.rows - host_rows // n * n, 0)
+  return [np.clip(x - hot, 0, most) for x in {end, max(end, need)}]
 
 
 def plan_groups(
   problems: list[Problem], device_bytes: int, host_bytes: int
-) -> list[tuple[int, int, str]] | None:
+) -> list[tuple[int, int, str, Transport]] | None:
   """Cuts of several groups (of other dims or optimizers) in one memory.
 
   A price of device memory decides jointly: at a price each group takes the
@@ -266,7 +315,7 @@ def plan_groups(
     host_bytes: of all hosts together.
 
   Returns:
-    (hot, warm_end, hot_sync) of each; None where nothing fits.
+    `best_cuts` of each; None where nothing fits.
   """
   sizes = [p.work.stored for p in problems]
 
@@ -313,7 +362,7 @@ def plan_groups(
   cuts = [x for _, x in now if x is not None]
   cold = sum(
     int(slots_of(p.spectrum.rows - end, p.work.devices)) * p.work.devices * size
-    for (_, end, _), p, size in zip(cuts, problems, sizes, strict=False)
+    for (_, end, *_), p, size in zip(cuts, problems, sizes, strict=False)
   )
   return cuts if len(cuts) == len(now) and cold <= host_bytes else None
 

@@ -25,6 +25,7 @@ from recjax.tables import (
   first_rank,
   gather,
   on_host,
+  owners_of,
   row_bits,
   scatter,
 )
@@ -37,7 +38,6 @@ class Trip(NamedTuple):
   coefficients: jax.Array | None  # [b, S] float32
   route: Route
   round: Round  # the first
-  requests: tuple  # of the first round
 
 
 # ---- Pooling
@@ -84,14 +84,12 @@ def pool(rows, coefficients, features: tuple[Feature, ...]):
 # ---- Read
 
 
-def _rows_at(tier: Tier, slots, host: bool):  # [n, C] int32 -> [n, C, d]
-  index = jnp.stack([slots.ravel(), jnp.zeros_like(slots.ravel())], axis=1)
+def _rows_at(tier: Tier, slots, host: bool):  # [m] int32 -> [m, d]
+  index = jnp.stack([slots, jnp.zeros_like(slots)], axis=1)
   if host:
     index = jax.device_put(index, HOST)
-    rows = on_host(gather, DEVICE)(tier.rows, index)
-  else:
-    rows = gather(tier.rows, index)
-  return rows.reshape(*slots.shape, -1)
+    return on_host(gather, DEVICE)(tier.rows, index)
+  return gather(tier.rows, index)
 
 
 def read(
@@ -111,15 +109,13 @@ def read(
     rows = rows.astype(jnp.float32).reshape(b, columns, plan.dim)
     return pool(rows, coef, features)
 
-  def one_round(now, requests):
-    tiers = ((tables.warm, False), (tables.cold, True))
+  def one_round(now):
     buffers = []
-    for (tier, host), slots in zip(tiers, requests, strict=True):
-      if tier is None:
-        continue
-      rows = _rows_at(tier, slots, host).astype(exchange_dtype)
-      rows = exchange.all_to_all(rows, plan)
-      buffers.append(rows.reshape(-1, plan.dim))
+    for name, way in exchange.ways(plan).items():
+      asked = getattr(now, name)
+      rows = _rows_at(getattr(tables, name), asked.slots, name == "cold")
+      rows = rows.astype(exchange_dtype)
+      buffers.append(exchange.bring(rows, asked, way, plan))
     rows = jnp.concatenate(buffers) if len(buffers) > 1 else buffers[0]
     at = exchange.positions(route, now, plan)
     return rows.at[at].get(mode="fill", fill_value=0)
@@ -128,10 +124,9 @@ def read(
     route = exchange.route(flat, plan)
     now = exchange.next_round(route, route.starts[:-1], plan)
   with jax.named_scope("lookup"):
-    rows, requests = None, (None, None)
+    rows = None
     if plan.hot < plan.rows:
-      requests = exchange.request(route, now, plan)
-      rows = one_round(now, requests).astype(jnp.float32)
+      rows = one_round(now).astype(jnp.float32)
     if plan.hot:
       at = jnp.where((flat >= 0) & (flat < plan.hot), flat, plan.hot)
       hot = tables.hot.rows.at[at].get(mode="fill", fill_value=0)
@@ -141,15 +136,14 @@ def read(
     if plan.hot < plan.rows and not exchange.one_round(plan, flat.shape[0]):
 
       def more(carry):
-        activations, last = carry
-        now = exchange.next_round(route, last.end, plan)
-        got = one_round(now, exchange.request(route, now, plan))
-        return activations + pooled(got), now
+        activations, begin, _ = carry
+        now = exchange.next_round(route, begin, plan)
+        return activations + pooled(one_round(now)), now.end, now.more
 
-      activations, _ = lax.while_loop(
-        lambda c: c[1].more, more, (activations, now)
+      activations, *_ = lax.while_loop(
+        lambda c: c[2], more, (activations, now.end, now.more)
       )
-  return activations, Trip(flat, coef, route, now, requests)
+  return activations, Trip(flat, coef, route, now)
 
 
 # ---- Update
@@ -179,16 +173,26 @@ def _bits(ranks, plan: Plan, step, seed):
   return row_bits(ranks, plan.dim, seed + step.astype(jnp.uint32) + 1)
 
 
-def _summed(slots, grads, size: int, devices: int):
+def _summed(slots, grads, size: int, devices: int, copies: int):
   """Each slot once, with its gradient summed over devices, in float32.
 
   slots [m] int32, those from `size` on are padding; grads [m, d]. The slots
-  that come back are all distinct, padding too, as scatter wants them.
+  that come back are all distinct, padding too, as scatter wants them. Each of
+  the row's copies gets the same bits: it adds what they sent in their order.
   """
   grads = grads.astype(jnp.float32)
   if devices > 1:  # one device sends no slot twice
     slots, index = exchange.coalesce(jnp.where(slots < size, slots, NONE))
-    grads = jnp.zeros_like(grads).at[index].add(grads)
+    parts = index.reshape(copies, -1), grads.reshape(copies, -1, grads.shape[1])
+
+    def add(i, total):  # a sender's slots are distinct but for padding
+      index, part = (x[i] for x in parts)
+      return total.at[index].add(part)
+
+    grads = jnp.zeros_like(grads)
+    grads = (
+      add(0, grads) if copies == 1 else lax.fori_loop(0, copies, add, grads)
+    )
   padding = size + lax.iota(jnp.int32, slots.shape[0])
   return jnp.where(slots < size, slots, padding), grads
 
@@ -217,9 +221,9 @@ def _update_hot_sparse(tier: Tier, slots, grads, plan, optimizer, step, seed):
 
   slots [C_hot] int32, grads [C_hot, d].
   """
-  slots = exchange.all_gather(slots, plan)
-  grads = exchange.all_gather(grads, plan)
-  slots, grads = _summed(slots, grads, plan.hot, plan.devices)
+  slots = exchange.all_gather(slots, AXIS, plan.devices)
+  grads = exchange.all_gather(grads, AXIS, plan.devices)
+  slots, grads = _summed(slots, grads, plan.hot, plan.devices, plan.devices)
   old = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tier)
   bits = _bits(slots, plan, step, seed)
   new = _new_rows(old, grads, bits, step, optimizer)
@@ -231,17 +235,17 @@ def _update_hot_sparse(tier: Tier, slots, grads, plan, optimizer, step, seed):
 
 
 def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
-  """Sums what the peers sent for a row, and updates it once, in place.
+  """Sums what was sent for a row, and updates it once, in place.
 
-  slots [n, C] int32, grads [n, C, d].
+  slots [m] int32, grads [m, d]: of exchange.give.
   """
   host = name == "cold"
   size = tier.rows.shape[0]
-  slots, grads = _summed(
-    slots.reshape(-1), grads.reshape(-1, plan.dim), size, plan.devices
-  )
-  owner = lax.axis_index(AXIS).astype(jnp.int32)
-  ranks = first_rank(plan, name) + slots * plan.devices + owner
+  owners, axes = owners_of(plan, name)
+  copies = plan.devices // owners
+  slots, grads = _summed(slots, grads, size, plan.devices, copies)
+  owner = lax.axis_index(axes).astype(jnp.int32)
+  ranks = first_rank(plan, name) + slots * owners + owner
   bits = _bits(ranks, plan, step, seed)
   index = jnp.stack([slots, jnp.zeros_like(slots)], axis=1)
 
@@ -289,45 +293,37 @@ def update(
   if plan.hot == plan.rows and not sparse:
     return tables._replace(hot=hot), jnp.ones((), jnp.int32)
 
-  n = plan.devices
-  *_, hot_start, total = exchange.buffer_starts(plan)
-  cold_start = n * plan.capacity_warm
+  *starts, hot_start, total = exchange.buffer_starts(plan)
 
-  def one_round(tiers: Tables, now, requests) -> Tables:
+  def one_round(tiers: Tables, now) -> Tables:
     at = exchange.positions(trip.route, now, plan)
     buffer = jnp.zeros((total, plan.dim)).at[at].add(grads, mode="drop")
     buffer = buffer.astype(exchange_dtype)
-    sharded = []
-    for name, slots, part in (
-      ("warm", requests[0], buffer[:cold_start]),
-      ("cold", requests[1], buffer[cold_start:hot_start]),
-    ):
-      tier = getattr(tiers, name)
-      if tier is not None:
-        part = exchange.all_to_all(part.reshape(n, -1, plan.dim), plan)
-        tier = _update_sharded(
-          name, tier, slots, part, plan, optimizer, step, seed
-        )
-      sharded.append(tier)
-    replicas = tiers.hot
+    new = tiers._asdict()
+    for name, way in exchange.ways(plan).items():
+      start = starts[way.first]
+      part = buffer[start : start + way.owners * way.capacity]
+      slots, part = exchange.give(part, getattr(now, name), way, plan)
+      new[name] = _update_sharded(
+        name, new[name], slots, part, plan, optimizer, step, seed
+      )
     if sparse:
       slots = exchange.hot_slots(trip.route, now, plan)
-      replicas = _update_hot_sparse(
-        replicas, slots, buffer[hot_start:], plan, optimizer, step, seed
+      new["hot"] = _update_hot_sparse(
+        tiers.hot, slots, buffer[hot_start:], plan, optimizer, step, seed
       )
-    return Tables(replicas, *sharded)
+    return Tables(**new)
 
-  tables = one_round(tables._replace(hot=hot), trip.round, trip.requests)
+  tables = one_round(tables._replace(hot=hot), trip.round)
   rounds = jnp.ones((), jnp.int32)
   if not exchange.one_round(plan, trip.ids.shape[0]):
 
     def more(carry):
-      tables, last, rounds = carry
-      now = exchange.next_round(trip.route, last.end, plan)
-      requests = exchange.request(trip.route, now, plan)
-      return one_round(tables, now, requests), now, rounds + 1
+      tables, begin, _, rounds = carry
+      now = exchange.next_round(trip.route, begin, plan)
+      return one_round(tables, now), now.end, now.more, rounds + 1
 
-    tables, _, rounds = lax.while_loop(
-      lambda c: c[1].more, more, (tables, trip.round, rounds)
+    tables, *_, rounds = lax.while_loop(
+      lambda c: c[2], more, (tables, trip.round.end, trip.round.more, rounds)
     )
   return tables, rounds

@@ -1,4 +1,9 @@
-"""The device mesh and the few shardings that recjax uses."""
+"""The device mesh and the few shardings that recjax uses.
+
+A mesh has two levels, nodes and the devices of a node: fast links join the
+devices, a network the nodes. AXIS names both: a collective or a sharding over
+it sees n devices in a row, node by node.
+"""
 
 import itertools
 
@@ -6,9 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from recjax import topology
 from recjax.errors import UserError
 
-AXIS = "data"
+AXIS = NODES, DEVICES = "node", "device"
 
 
 def simulate_devices(devices: int, processes: int = 1) -> None:
@@ -29,15 +35,19 @@ def simulate_devices(devices: int, processes: int = 1) -> None:
     jax.config.update("jax_num_cpu_devices", devices // processes)
 
 
-def make_mesh(devices: int) -> Mesh:
-  """A one-axis mesh of `devices` devices (0 = all), as many of each process.
+def make_mesh(devices: int, node_devices: int = 0) -> Mesh:
+  """A mesh [nodes, devices of a node], as many of each process.
 
   A process's devices are neighbours, so that its part of a batch is one piece.
-  The axis is Auto: what must be placed is placed by hand, in `shard_map` or
+  The axes are Auto: what must be placed is placed by hand, in `shard_map` or
   by an explicit sharding.
 
+  Args:
+    devices: of all nodes; 0 = all that JAX finds.
+    node_devices: of a node; 0 = one node holds them all.
+
   Raises:
-    UserError: there are fewer devices.
+    UserError: there are fewer devices, or they cannot be shared out evenly.
   """
   found = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   if devices > len(found):
@@ -46,11 +56,13 @@ def make_mesh(devices: int) -> Mesh:
       f"{found[0].platform} device(s); set --config.mesh.devices={len(found)}"
       " or fewer, or 0 for all"
     )
-  each = (devices or len(found)) // jax.process_count()
+  devices = devices or len(found)
+  topology.check_nodes(devices, node_devices)
   used = []
   for _, group in itertools.groupby(found, lambda d: d.process_index):
-    used += list(group)[:each]
-  return Mesh(np.array(used), (AXIS,), axis_types=(AxisType.Auto,))
+    used += list(group)[: devices // jax.process_count()]
+  nodes = np.array(used).reshape(-1, node_devices or devices)
+  return Mesh(nodes, AXIS, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -7,11 +7,11 @@ import json
 import math
 
 from recjax import cost, cuts, presets, spectrum, step_cost
-from recjax.cuts import Problem
+from recjax.cuts import Problem, Transport
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.spectrum import Spectrum
-from recjax.step_cost import Dense, Load, Work
+from recjax.step_cost import Dense, Work
 from recjax.topology import Topology
 
 
@@ -31,7 +31,7 @@ Terms = tuple[tuple[str, float], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """Two cut points and two capacities; static in the compiled step.
+  """Two cut points, capacities and transports; static in the compiled step.
 
   Ranks below `hot` are replicated, ranks below `warm_end` sharded in device
   memory, the others sharded in host memory. Owners are cyclic in rank.
@@ -50,10 +50,16 @@ class Plan:
   reports: tuple[TierReport, ...] = ()  # hot, warm, cold
   hot_sync: str = "dense"  # how hot gradients meet: all-reduced, or "sparse"
   capacity_hot: int = 0  # hot rows that a device sends a round, where "sparse"
+  node_devices: int = 0  # g; 0 = one node
+  exchange: str = "flat"  # or in stages that meet in the node: "two_stage"
+  warm_copies: str = "one"  # warm rows over all devices, or those of a "node"
+  capacity_far_warm: int = 0  # C_far, rows a node and round, where staged
+  capacity_far_cold: int = 0
   topology: str = ""
   seconds: Terms = ()  # of a step, predicted, by term
   sent: Terms = ()  # bytes that a device sends in a step, by kind
   memory: Terms = ()  # bytes of a device, by kind
+  network: Terms = ()  # of those in `sent`, the bytes to other nodes, by kind
 
   @property
   def warm(self) -> int:
@@ -64,9 +70,19 @@ class Plan:
     return self.rows - self.warm_end
 
   @property
+  def nodes(self) -> int:
+    """N"""
+    return self.devices // (self.node_devices or self.devices)
+
+  @property
+  def warm_owners(self) -> int:
+    """Devices that share the warm rows: all, or those of each node."""
+    return self.devices // (self.nodes if self.warm_copies == "node" else 1)
+
+  @property
   def warm_slots(self) -> int:
     """Rows of a device's warm shard."""
-    return cuts.slots_of(self.warm, self.devices)
+    return cuts.slots_of(self.warm, self.warm_owners)
 
   @property
   def cold_slots(self) -> int:
@@ -81,6 +97,11 @@ class Plan:
   def bytes_per_sample(self) -> float:
     return sum(x for _, x in self.sent) * self.devices / self.batch_size
 
+  @property
+  def network_per_sample(self) -> float:
+    """Bytes between nodes."""
+    return sum(x for _, x in self.network) * self.devices / self.batch_size
+
   def to_json(self) -> str:
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
@@ -89,7 +110,7 @@ class Plan:
     """The inverse of to_json."""
     fields = json.loads(text)
     fields["reports"] = tuple(TierReport(**r) for r in fields["reports"])
-    for name in ("seconds", "sent", "memory"):
+    for name in ("seconds", "sent", "memory", "network"):
       fields[name] = tuple((k, v) for k, v in fields.get(name, ()))
     return cls(**fields)
 
@@ -137,6 +158,8 @@ def make_problem(
       f"{devices} devices; the nearest multiple is "
       f"{max(1, round(batch_size / devices)) * devices}"
     )
+  topology = topology or presets.cpu(devices)
+  g = topology.node_devices
   if isinstance(profile, Profile):
     profile = spectrum.of_profile(profile)
   work = Work(
@@ -150,8 +173,8 @@ def make_problem(
     dense=dense or Dense(),
     compute=compute_dtype,
     train=train,
+    node_devices=g if devices % g == 0 else 0,  # nodes alike, or no stages
   )
-  topology = topology or presets.cpu(devices)
   return Problem(profile, work, topology, overflow_probability, objective)
 
 
@@ -172,6 +195,7 @@ def solve(
   warm_rows: int = -1,
   capacity: int = 0,
   syncs: tuple[str, ...] = cuts.HOT_SYNCS,
+  ways: tuple[Transport, ...] = (),
 ) -> Plan:
   """Chooses the cut points and the capacities.
 
@@ -182,12 +206,15 @@ def solve(
     host_bytes: budget of a host for the same.
     hot_rows, warm_rows: the cuts, where >= 0.
     capacity: of every buffer, where > 0.
-    syncs: ways for hot gradients to meet, to choose from.
+    syncs: how hot gradients may meet, to choose from.
+    ways: how sharded rows may travel; none = all that the mesh has.
 
   Raises:
     UserError: the rows do not fit.
   """
   n, rows = problem.work.devices, problem.spectrum.rows
+  ways = ways or cuts.transports(problem.work)
+  owners = max(way.warm_owners(problem.work) for way in ways)
   row_bytes = problem.work.stored
   fit = device_bytes // row_bytes  # rows a device
 
@@ -195,7 +222,7 @@ def solve(
   if hot_rows >= 0:
     hot = min(hot_rows, rows)
   elif warm_rows >= 0:  # more hot rows, fewer cold
-    hot = min(max(fit - cuts.slots_of(min(warm_rows, rows), n), 0), rows)
+    hot = min(max(fit - cuts.slots_of(min(warm_rows, rows), owners), 0), rows)
   else:
     hot = 0
   if hot > fit:
@@ -204,30 +231,31 @@ def solve(
       f"{_mb(hot * row_bytes)} MB of a device, the budget "
       f"(plan.device_memory_mb) is {_mb(device_bytes)} MB; at most {fit} fit"
     )
-  most = int(cuts.most_warm(rows, hot, fit, n))
+  most = int(cuts.most_warm(rows, hot, fit, owners))
   warm = most if warm_rows < 0 else min(warm_rows, rows - hot)
   if warm > most:
     raise UserError(
-      f"plan.warm_rows: {warm} rows of {row_bytes} bytes over {n} devices take "
-      f"{_mb((hot + cuts.slots_of(warm, n)) * row_bytes)} MB of each with the "
-      f"{hot} hot rows, the budget (plan.device_memory_mb) is "
+      f"plan.warm_rows: {warm} rows of {row_bytes} bytes over {owners} devices "
+      f"take {_mb((hot + cuts.slots_of(warm, owners)) * row_bytes)} MB of each "
+      f"with the {hot} hot rows, the budget (plan.device_memory_mb) is "
       f"{_mb(device_bytes)} MB; at most {most} fit"
     )
   cold = rows - hot - warm
   cold_bytes = cuts.slots_of(cold, n) * n * row_bytes
   if cold_bytes > hosts * host_bytes:
-    _too_small(rows, n, hosts, row_bytes, device_bytes, host_bytes, cold,
-               max(hot_rows, 0))  # fmt: skip
+    _too_small(rows, n, owners, hosts, row_bytes, device_bytes, host_bytes,
+               cold, max(hot_rows, 0))  # fmt: skip
 
   # ---- Cuts
   host_rows = hosts * host_bytes // row_bytes
-  chosen = cuts.best_cuts(problem, fit, host_rows, hot_rows, warm_rows, syncs)
+  chosen = cuts.best_cuts(
+    problem, fit, host_rows, hot_rows, warm_rows, syncs, ways
+  )
   assert chosen is not None  # hot and warm from above fit
-  hot, warm_end, sync = chosen
-  return _finish(problem, hot, warm_end, sync, capacity)
+  return _finish(problem, *chosen, capacity)
 
 
-def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
+def _finish(problem, hot, warm_end, sync, way, capacity) -> Plan:
   """The plan of chosen cuts: capacities and reports."""
   s, work = problem.spectrum, problem.work
   n, rows = work.devices, s.rows
@@ -235,30 +263,24 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
   ranges = ((0, hot), (hot, warm_end), (warm_end, rows))
   slots = {
     "hot": hot,
-    "warm": cuts.slots_of(warm_end - hot, n),
+    "warm": cuts.slots_of(warm_end - hot, way.warm_owners(work)),
     "cold": cuts.slots_of(rows - warm_end, n) * n,
   }
-  reports, capacities = [], []
-  for name, (start, stop) in zip(slots, ranges, strict=True):
-    c = 0
-    if name != "hot":
-      size = stop - start
-      c = int(problem.buffers(start, stop)) // n
-      if capacity and size:
-        c = min(capacity, -(-size // n), work.ids)
-      capacities.append(c)
+  load = problem.load_of_cuts(hot, warm_end, sync, way, capacity)
+  near = round(float(load.warm)), round(float(load.cold))
+  far = round(float(load.far_warm or 0)), round(float(load.far_cold or 0))
+  buffers = 0, near[0] + far[0], near[1] + far[1]
+  reports = []
+  for name, (start, stop), held in zip(slots, ranges, buffers, strict=True):
     reports.append(
       TierReport(
         rows=stop - start,
         bytes=slots[name] * work.stored,
         share=float(uses.between(start, stop)) / max(float(uses(rows)), 1e-30),
         distinct=float(problem.distinct(start, stop)),
-        buffer_bytes=n * c * 2 * (cost.ID_BYTES + 4 * work.dim),
+        buffer_bytes=held * 2 * (cost.ID_BYTES + 4 * work.dim),
       )
     )
-  warm, cold = (n * c for c in capacities)
-  gathered = problem.gathered(hot, sync)
-  load = Load(hot, warm, cold, gathered)
   return Plan(
     devices=n,
     batch_size=work.batch_size,
@@ -267,17 +289,23 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
     dtype="float32" if work.row_bytes == 4 * work.dim else "bfloat16",
     hot=hot,
     warm_end=warm_end,
-    capacity_warm=capacities[0],
-    capacity_cold=capacities[1],
+    capacity_warm=near[0] // way.warm_owners(work),
+    capacity_cold=near[1] // n,
     reports=tuple(reports),
     hot_sync=sync,
-    capacity_hot=0 if gathered is None else math.ceil(gathered),
+    capacity_hot=0 if load.gathered is None else math.ceil(load.gathered),
+    node_devices=work.node_devices,
+    exchange=way.exchange,
+    warm_copies=way.warm_copies,
+    capacity_far_warm=far[0] // work.nodes,
+    capacity_far_cold=far[1] // work.nodes,
     topology=problem.topology.name,
     seconds=_terms(step_cost.step_seconds(work, problem.topology, load)),
     sent=_terms(step_cost.sent_bytes(work, load)),
     memory=_terms(
-      step_cost.device_bytes(work, hot, slots["warm"], warm + cold)
+      step_cost.device_bytes(work, hot, slots["warm"], sum(buffers))
     ),
+    network=_terms(step_cost.network_bytes(work, load)),
   )
 
 
@@ -286,7 +314,7 @@ def _terms(of: dict) -> Terms:
 
 
 def _too_small(
-  rows, n, hosts, row_bytes, device_bytes, host_bytes, cold, replicas
+  rows, n, owners, hosts, row_bytes, device_bytes, host_bytes, cold, replicas
 ):
   """Raises: which budget is too small, by how much, and what would do."""
   cold_bytes = cuts.slots_of(cold, n) * n * row_bytes
@@ -294,7 +322,7 @@ def _too_small(
   def fits(device_mb):  # with warm_rows = -1
     fit = (device_mb << 20) // row_bytes
     hot = min(replicas, fit)
-    cold = rows - hot - int(cuts.most_warm(rows, hot, fit, n))
+    cold = rows - hot - int(cuts.most_warm(rows, hot, fit, owners))
     return cuts.slots_of(cold, n) * n * row_bytes <= hosts * host_bytes
 
   now = _mb(device_bytes)
@@ -332,10 +360,18 @@ def describe(plan: Plan) -> str:
     ("hot", "warm", "cold"), plan.reports, capacities, wheres, strict=True
   ):
     size = f"{r.bytes / 2**20:,.1f} MB {where}"
-    buffers = f"{plan.devices} x {c:,}" if c else "-"
+    owners = plan.warm_owners if name == "warm" else plan.devices
+    buffers = f"{owners} x {c:,}" if c else "-"
     lines.append(
       f"{name:5} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
       f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
+    )
+  if plan.nodes > 1:
+    lines.append(
+      f"{plan.nodes} nodes of {plan.node_devices}: {plan.exchange} exchange, "
+      f"{plan.warm_copies} {'copy' if plan.warm_copies == 'one' else 'copies'} "
+      f"of warm rows, {plan.network_per_sample:,.0f} bytes a sample between "
+      "nodes"
     )
   if plan.seconds:
     total = plan.step_seconds

@@ -21,7 +21,7 @@ from recjax import (
 )
 from recjax.blocks import Blocks
 from recjax.config import Config
-from recjax.cuts import Problem
+from recjax.cuts import Problem, Transport
 from recjax.errors import UserError
 from recjax.planner import Plan
 from recjax.prepare import Prepared
@@ -71,6 +71,9 @@ def run(
     hosts = t.hosts(devices)
   else:
     t = presets.of_device(kind, devices, hosts)
+  if config.mesh.node_devices:
+    topology.check_nodes(devices, config.mesh.node_devices)
+    t = dataclasses.replace(t, node_devices=config.mesh.node_devices)
   problem = problem_of(config, prepared, t, devices, slot_bytes, not serving)
   if c.topology:
     device_bytes, host_bytes = budgets(problem)
@@ -91,6 +94,7 @@ def run(
     warm_rows=c.warm_rows,
     capacity=c.capacity,
     syncs=(c.hot_sync,) if c.hot_sync else cuts.HOT_SYNCS,
+    ways=transports(config, problem),
   )
   workdir.mkdir(parents=True, exist_ok=True)
   placed = baselines.compare(problem, result, device_bytes, hosts * host_bytes)
@@ -104,6 +108,32 @@ def run(
   if c.topology:
     report(describe_batches(batch_sizes(problem)))
   return result
+
+
+def transports(config: Config, problem: Problem) -> tuple[Transport, ...]:
+  """Those that the config leaves to choose from.
+
+  Raises:
+    UserError: it asks for one that needs several nodes, and there is one.
+  """
+  ways = cuts.transports(problem.work)
+  for field in Transport._fields:
+    wanted = getattr(config.plan, field)
+    if wanted and wanted != getattr(cuts.FLAT, field):
+      if problem.work.nodes == 1:
+        raise UserError(
+          f"plan.{field}: {wanted!r} needs several nodes, and the "
+          f"{problem.work.devices} device(s) make one; set mesh.node_devices "
+          "to a divisor of them"
+        )
+      ways = cuts.TRANSPORTS
+  return tuple(
+    way
+    for way in ways
+    if all(
+      getattr(config.plan, f) in ("", getattr(way, f)) for f in way._fields
+    )
+  )
 
 
 def measured_seconds(workdir: pathlib.Path, plan: Plan) -> float | None:

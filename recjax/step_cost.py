@@ -74,11 +74,17 @@ class Work:
   dense: Dense = Dense()
   compute: str = "float32"
   train: bool = True  # False: the forward pass only
+  node_devices: int = 0  # g; 0 = one node
 
   @property
   def local(self) -> int:
     """b"""
     return self.batch_size // self.devices
+
+  @property
+  def nodes(self) -> int:
+    """N"""
+    return self.devices // (self.node_devices or self.devices)
 
   @property
   def ids(self) -> int:
@@ -96,11 +102,80 @@ class Load:
   """What a placement asks of a step: rows of a device, numbers or arrays."""
 
   hot: Any = 0.0  # replicated
-  warm: Any = 0.0  # of the exchange buffer, n C
+  warm: Any = 0.0  # of the exchange buffer, n C; g C where nodes have copies
   cold: Any = 0.0
   # None where the hot rows' gradients are all-reduced, else the touched hot
   # rows that a device shares with all.
   gathered: Any = None
+  # Rows N C_far that a device exchanges with other nodes for its own node, of
+  # which it is one owner's proxy; None where all peers ask the owners.
+  far_warm: Any = None
+  far_cold: Any = None
+  copies: bool = False  # every node has its own copy of the warm rows
+
+
+def _owned(work: Work, load: Load):
+  """Rows that an owner (reads warm, updates warm, reads and updates cold)."""
+  warm = load.warm if load.far_warm is None else load.far_warm
+  cold = load.cold if load.far_cold is None else load.far_cold
+  return warm / (work.nodes if load.copies else 1), warm, cold
+
+
+def messages(work: Work, load: Load):
+  """What the collectives of a step carry for warm and cold rows.
+
+  Returns:
+    (kind, level, bytes of a device's buffer, its own part included) of each:
+    kind "ids", "rows" or "gradients"; level "all" devices, "within" a node,
+    or between nodes, "across" by all-to-all or "copies" by all-gather.
+  """
+  train = float(work.train)
+  size = (
+    ("ids", cost.ID_BYTES),
+    ("rows", work.wire_bytes),
+    ("gradients", train * work.wire_bytes),
+  )
+  out = []
+  for near, far, copies in (
+    (load.warm, load.far_warm, load.copies),
+    (load.cold, load.far_cold, False),
+  ):
+    level = "all" if far is None else "within"
+    out += [(kind, level, near * of) for kind, of in size]
+    if copies:  # only gradients leave the node, each with its slot
+      out.append(("ids", "copies", far * train * cost.ID_BYTES))
+      out.append(("gradients", "copies", far * train * work.wire_bytes))
+    elif far is not None:
+      out += [(kind, "across", far * of) for kind, of in size]
+  return out
+
+
+def _sent(work: Work, load: Load, share: dict):
+  """Bytes by kind, where this share of a level's message leaves."""
+  between = (work.nodes - 1) / work.nodes
+  sent = dict.fromkeys(("ids", "rows", "gradients"), 0.0)
+  for kind, level, size in messages(work, load):
+    sent[kind] = sent[kind] + size * share.get(level, between)
+  return sent
+
+
+def network_bytes(work: Work, load: Load):
+  """Bytes that a device sends to other nodes in a step, by kind.
+
+  Of those of `sent_bytes`. Replicas' gradients meet within the node first.
+
+  Returns:
+    {"ids", "rows", "gradients", "hot gradients"}.
+  """
+  n, nodes, train = work.devices, work.nodes, float(work.train)
+  g = n // nodes
+  sent = _sent(work, load, {"all": (n - g) / n, "within": 0.0})
+  if load.gathered is None:
+    shared = load.hot * 4.0 * (work.dim + 1)
+    shared = cost.all_reduced_bytes(shared, nodes)[1] / g
+  else:
+    shared = cost.gathered_bytes(load.gathered, work.wire_bytes, nodes)[1]
+  return sent | {"hot gradients": train * shared}
 
 
 def sent_bytes(work: Work, load: Load):
@@ -109,18 +184,15 @@ def sent_bytes(work: Work, load: Load):
   Returns:
     {"ids", "rows", "gradients", "hot gradients", "host"}.
   """
-  n, train = work.devices, float(work.train)
-  hot, warm, cold = load.hot, load.warm, load.cold
-  far = (warm + cold) * (n - 1) / n
-  wide = 4 * work.dim
+  n, nodes, train = work.devices, work.nodes, float(work.train)
+  g, hot, wide = n // nodes, load.hot, 4 * work.dim
+  sent = _sent(work, load, {"all": (n - 1) / n, "within": (g - 1) / g})
+  cold = _owned(work, load)[2]
   if load.gathered is None:
     shared = cost.all_reduced_bytes(hot * 4.0 * (work.dim + 1), n)[1]
   else:
     shared = cost.gathered_bytes(load.gathered, work.wire_bytes, n)[1]
-  return {
-    "ids": far * cost.ID_BYTES,
-    "rows": far * work.wire_bytes,
-    "gradients": train * far * work.wire_bytes,
+  return sent | {
     "hot gradients": train * shared,
     # The optimizer runs on the host: the row up; its gradient and slots down.
     "host": cold * (8 + work.row_bytes + train * (8 + wide)),
@@ -143,25 +215,37 @@ def step_seconds(work: Work, t: Topology, load: Load):
   train = float(work.train)
   wide = 4 * d  # bytes of a row in float32
   some = (warm > 0) | (cold > 0)
-  exchanged = warm + cold
+  read_warm, own_warm, own_cold = _owned(work, load)
+  owned = own_warm + own_cold
+  # Rows that a device unites, hands out and sums for the peers of its node.
+  united = warm * (load.far_warm is not None)
+  united = united + cold * (load.far_cold is not None)
   replicas = np.asarray(hot) > 0
   sent = sent_bytes(work, load)
 
-  sorted_keys = ids + train * (n > 1) * exchanged
+  sorted_keys = ids + train * (n > 1) * owned + united
   # Lookups read and add to replicas and exchange buffers, which the caches
   # hold for the most part; owners go to their shards.
   near = replicas * ids * work.row_bytes + some * ids * wide
   back = some if gathered is None else some | replicas
   near = near + train * back * ids * wide
-  near = near + train * (n > 1) * exchanged * wide  # peers' sums
-  far = warm * work.row_bytes
+  near = near + train * (n > 1) * owned * wide  # peers' sums
+  near = near + (1 + train) * united * wide
+  far = read_warm * work.row_bytes
 
   trips = 0.0
-  for tier in (warm, cold):
-    for size in (cost.ID_BYTES, work.wire_bytes, train * work.wire_bytes):
-      trips = trips + cost.all_to_all_seconds(tier * size, n, t)
+  one = dataclasses.replace(t, node_devices=1, torus=0)  # a device of each node
+  for _, level, size in messages(work, load):
+    if level == "copies":
+      part = cost.all_gather_seconds(size / work.nodes, work.nodes, one)
+    elif level == "across":
+      part = cost.all_to_all_seconds(size, work.nodes, one)
+    else:
+      peers = n if level == "all" else work.node_devices
+      part = cost.all_to_all_seconds(size, peers, t)
+    trips = trips + part
 
-  optimizer = 2.0 * warm * work.stored / t.gather
+  optimizer = 2.0 * own_warm * work.stored / t.gather
   reduced = train * 4.0 * work.dense.params
   shared = 0.0
   if gathered is None:  # XLA combines it with that of the dense gradients
@@ -186,7 +270,7 @@ def step_seconds(work: Work, t: Topology, load: Load):
     * work.local
     * np.maximum(work.dense.flops / matmul, 2 * moved / t.stream)
   )
-  host_rows = cold * (work.row_bytes + train * 2.0 * work.stored)
+  host_rows = own_cold * (work.row_bytes + train * 2.0 * work.stored)
   return {
     "route": sorted_keys / t.sort,
     "gather": near / t.stream + far / t.gather,

@@ -1,9 +1,10 @@
 """The tables: one row space in three tiers, a pytree outside Flax.
 
-A sharded tier of K rows is stored as [ceil(K / n), n, d] with
-PartitionSpec(None, 'data'): flattened it is the rank order, and the cyclic
-ownership is its sharding. It is indexed as it is, never reshaped: a reshape
-around an update would copy the shard.
+A sharded tier of K rows is stored as [ceil(K / n), n, d], its second axis over
+the mesh: flattened it is the rank order, and the cyclic ownership is its
+sharding. Where every node has a copy of the warm rows, n is the devices of a
+node and the copies are replicas of the array. It is indexed as it is, never
+reshaped: a reshape around an update would copy the shard.
 """
 
 import functools
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import compute_on as compute_on_lib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recjax.mesh import AXIS
+from recjax.mesh import AXIS, DEVICES
 from recjax.planner import Plan
 from recjax.sparse_optim import Optimizer
 
@@ -44,17 +45,25 @@ class Tables(NamedTuple):
   cold: Tier | None
 
 
+def owners_of(plan: Plan, tier: str) -> tuple[int, str | tuple[str, str]]:
+  """(devices that share out a tier's rows, cyclic in rank; their axes)."""
+  if tier == "warm" and plan.warm_copies == "node":
+    return plan.warm_owners, DEVICES
+  return plan.devices, AXIS
+
+
 def specs(plan: Plan, optimizer: Optimizer) -> Tables:
   """PartitionSpecs of the tables, as `shard_map` wants them."""
 
   def tier(present, spec):
     return Tier(spec, dict.fromkeys(optimizer.slots, spec)) if present else None
 
-  sharded = PartitionSpec(None, AXIS)
+  def sharded(name):
+    spec = PartitionSpec(None, owners_of(plan, name)[1])
+    return tier(getattr(plan, name), spec)
+
   return Tables(
-    tier(plan.hot, PartitionSpec()),
-    tier(plan.warm, sharded),
-    tier(plan.cold, sharded),
+    tier(plan.hot, PartitionSpec()), sharded("warm"), sharded("cold")
   )
 
 
@@ -152,23 +161,27 @@ def init(
     rows = initial_rows(ranks, plan.dim, scale, seed).astype(plan.dtype)
     return Tier(rows, slots)
 
-  def sharded(first, slots):
+  def sharded(name, slots):
+    first, (owners, _) = first_rank(plan, name), owners_of(plan, name)
+
     def make(owner, seed):
       slot = lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
-      return tier(slot * plan.devices + owner.reshape(1, 1) + first, seed)
+      return tier(slot * owners + owner.reshape(1, 1) + first, seed)
 
     return make
 
+  def owner(name):
+    return lax.axis_index(owners_of(plan, name)[1]).astype(jnp.int32)
+
   def make(seed):  # of a device's shard
-    owner = lax.axis_index(AXIS).astype(jnp.int32)
     hot = warm = cold = None
     if plan.hot:
       hot = tier(lax.iota(jnp.int32, plan.hot), seed)
     if plan.warm:
-      warm = sharded(plan.hot, plan.warm_slots)(owner, seed)
+      warm = sharded("warm", plan.warm_slots)(owner("warm"), seed)
     if plan.cold:
-      make_cold = on_host(sharded(plan.warm_end, plan.cold_slots))
-      cold = make_cold(*jax.device_put((owner, seed), HOST))
+      make_cold = on_host(sharded("cold", plan.cold_slots))
+      cold = make_cold(*jax.device_put((owner("cold"), seed), HOST))
     return Tables(hot, warm, cold)
 
   make = jax.shard_map(
@@ -185,14 +198,13 @@ def init(
 def _blocks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:
   """(tier, first slot, slots) of every block with rows, in rank order.
 
-  A block of a sharded tier is `slots` rows of each device, so slots
+  A block of a sharded tier is `slots` rows of each of its n owners, so slots
   [s, s + k) are the tier's ranks [s n, (s + k) n).
   """
-  n = plan.devices
   for name, count, width in (
     ("hot", plan.hot, 1),
-    ("warm", plan.warm, n),
-    ("cold", plan.cold, n),
+    ("warm", plan.warm, owners_of(plan, "warm")[0]),
+    ("cold", plan.cold, owners_of(plan, "cold")[0]),
   ):
     total = -(-count // width)
     step = max(1, block_rows // width)
@@ -265,7 +277,7 @@ def fill(
   place = specs(plan, optimizer)
   tiers = tables._asdict()
   for name, start, count in _blocks(plan, block_rows):
-    n = 1 if name == "hot" else plan.devices
+    n = 1 if name == "hot" else owners_of(plan, name)[0]
     tier_first = first_rank(plan, name)
     first = min(tier_first + start * n, plan.rows)
     stop = min(first + count * n, tier_first + getattr(plan, name))

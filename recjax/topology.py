@@ -121,6 +121,17 @@ def save(topology: Topology, path: str | pathlib.Path) -> None:
   part.rename(path)
 
 
+def check_nodes(devices: int, node_devices: int) -> None:
+  """Raises UserError where devices do not make whole nodes; 0 = one node."""
+  if node_devices and devices % node_devices:
+    fit = [g for g in range(1, devices + 1) if devices % g == 0]
+    raise UserError(
+      f"mesh.node_devices: {devices} devices cannot be shared out to nodes of "
+      f"{node_devices}; use one of {', '.join(map(str, fit))}, or 0 for what "
+      "the topology says"
+    )
+
+
 def memory_budgets(
   device_mb: int, host_mb: int, devices: int, device_limit: int | None = None
 ) -> tuple[int, int]:

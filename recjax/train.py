@@ -90,6 +90,15 @@ def plan(
   return Plan.from_json(distributed.from_first(make))
 
 
+def _begin(config, workdir, report, serving=False):
+  """(prepared data, plan, mesh)."""
+  c = config.mesh
+  mesh_lib.make_mesh(c.devices, c.node_devices)  # or an error, before all work
+  prepared = prepare(config, workdir, report)
+  plan_ = plan(config, prepared, workdir, report, serving)
+  return prepared, plan_, mesh_lib.make_mesh(plan_.devices, plan_.node_devices)
+
+
 # ---- Model and state
 
 
@@ -210,9 +219,7 @@ def evaluate_checkpoint(
 
   The rows only: slots are not read.
   """
-  mesh = mesh_lib.make_mesh(config.mesh.devices)
-  prepared = prepare(config, workdir, report)
-  plan_ = plan(config, prepared, workdir, report, serving=True)
+  prepared, plan_, mesh = _begin(config, workdir, report, serving=True)
   directory = workdir / "checkpoints"
   step = config.checkpoint.step
   if step < 0:
@@ -239,14 +246,12 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
   Raises:
     UserError: bad config, data, budgets or checkpoint; the loss is not finite.
   """
-  # ---- Mesh, data, plan
+  # ---- Data, plan, mesh
   if config.plan.serving:
     raise UserError(
       "plan.serving: a plan for serving cannot train; use it with --mode=plan"
     )
-  mesh = mesh_lib.make_mesh(config.mesh.devices)
-  prepared = prepare(config, workdir, report)
-  plan_ = plan(config, prepared, workdir, report)
+  prepared, plan_, mesh = _begin(config, workdir, report)
   processes = jax.process_count()
   local = config.train.batch_size // processes
   per_epoch = batches.steps_per_epoch(prepared, "train", local, processes)

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from recjax import baselines, cuts, planner, presets, spectrum
+from recjax import baselines, bounds, cuts, planner, presets, spectrum
 from recjax.frequency import Profile
 from recjax.spectrum import Table
 
@@ -72,7 +72,10 @@ def optimality() -> None:
           found = cuts.best_cuts(problem, fit, host, syncs=("dense",))
           seconds = time.perf_counter() - start
           got = float(problem.cost_of_cuts(*found))
-          bound = cuts.lower_bound(problem, fit, host)
+          bound = min(
+            bounds.lower_bound(problem, fit, host, way)
+            for way in cuts.transports(problem.work)
+          )
           padded = dataclasses.replace(problem, overflow_probability=1e-2)
           start = time.perf_counter()
           cuts.best_cuts(padded, fit, host)

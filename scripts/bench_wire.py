@@ -39,6 +39,21 @@ CASES = {
   },
   "all rows hot, all-reduced": {"plan.hot_rows": 1 << 40},
   "no row hot": {"plan.hot_rows": 0},
+  "two nodes, all devices asked": {
+    "mesh.node_devices": 2,
+    "plan.exchange": "flat",
+    "plan.warm_copies": "one",
+  },
+  "two nodes, in two stages": {
+    "mesh.node_devices": 2,
+    "plan.exchange": "two_stage",
+    "plan.warm_copies": "one",
+  },
+  "two nodes, copies of warm rows": {
+    "mesh.node_devices": 2,
+    "plan.exchange": "two_stage",
+    "plan.warm_copies": "node",
+  },
 }
 
 
@@ -77,8 +92,10 @@ def predict(plan, dense_words: int, rounds_agreed: bool) -> dict[str, float]:
   n = plan.devices
   sent = {k: v for k, v in plan.sent if k != "host"}
   sent["dense gradients"] = 2 * 4 * dense_words * (n - 1) / n
-  if rounds_agreed:
-    sent["agreement"] = 2 * 4 * (2 * n + 1) * (n - 1) / n
+  if rounds_agreed:  # once by the devices, and once by the proxies
+    stages = 1 + (plan.capacity_far_warm + plan.capacity_far_cold > 0)
+    buckets = plan.warm_owners + n + 1
+    sent["agreement"] = stages * 2 * 4 * buckets * (n - 1) / n
   return sent
 
 
@@ -101,7 +118,6 @@ def work(index: int, count: int, args) -> None:
 
   workdir = pathlib.Path(args.workdir)
   prepared = train.prepare(base_config(count), workdir, quiet)
-  mesh = mesh_lib.make_mesh(count)
   size, packets = transmitted()
   time.sleep(2)
   idle = (transmitted()[0] - size) / 2
@@ -113,6 +129,7 @@ def work(index: int, count: int, args) -> None:
       group, field = path.split(".")
       setattr(getattr(config, group), field, value)
     plan = train.plan(config, prepared, workdir, quiet)
+    mesh = mesh_lib.make_mesh(count, plan.node_devices)
     model, state = train._build(config, prepared, plan, mesh, args.steps)
     words = 2 + sum(x.size for x in jax.tree.leaves(state.params))
     local = config.train.batch_size // count

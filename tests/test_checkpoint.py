@@ -30,19 +30,21 @@ IDENTITY = Identity(
   "0123456789abcdef" * 4,
   ROWS,
 )
-# devices, hot, warm_end
+# devices, hot, warm_end, and the devices of a node with a copy of warm rows
 PLANS = {
   "mixed": (8, 1_001, 20_000),
   "1_cold": (1, 0, 0),
   "2_warm": (2, 0, ROWS),
   "8_hot": (8, ROWS, ROWS),
   "8_other_cuts": (8, 30, 49_000),
+  "8_copies": (8, 1_001, 20_000, 4),
+  "4_copies_of_2": (4, 0, ROWS, 2),
 }
 SAVED, OLDER = 5, 2  # steps
 
 
 def make_plan(name, dtype="float32"):
-  devices, hot, warm_end = PLANS[name]
+  devices, hot, warm_end, *copies = PLANS[name]
   return Plan(
     devices=devices,
     batch_size=BATCH,
@@ -53,6 +55,9 @@ def make_plan(name, dtype="float32"):
     warm_end=warm_end,
     capacity_warm=6 if warm_end > hot else 0,
     capacity_cold=6 if warm_end < ROWS else 0,
+    node_devices=sum(copies),
+    warm_copies="node" if copies else "one",
+    capacity_far_warm=6 if copies else 0,
   )
 
 
@@ -73,7 +78,7 @@ def model_of(name):
     exchange_dtype=jnp.float32,
     seed=0,
   )
-  return model, make_mesh(plan.devices)
+  return model, make_mesh(plan.devices, plan.node_devices)
 
 
 def fresh(name, seed=7):
@@ -197,11 +202,12 @@ def test_older_step(saved):
   assert_same(in_rank_order(state, "mixed"), want[OLDER])
 
 
-def test_what_another_plan_saves_is_the_same(saved, tmp_path):
-  """mixed on 8 -> cold on 1 -> saved -> warm on 2."""
+@pytest.mark.parametrize("other", ["1_cold", "8_copies"])
+def test_what_another_plan_saves_is_the_same(other, saved, tmp_path):
+  """mixed on 8 -> another -> saved -> warm on 2."""
   directory, want = saved
   with checkpoint.manager(tmp_path) as to:
-    save(to, 1, restore(directory, "1_cold"), "1_cold")
+    save(to, 1, restore(directory, other), other)
   state = restore(tmp_path, "2_warm", 1)
   got = in_rank_order(state, "2_warm")
   want = want[SAVED]
@@ -217,7 +223,7 @@ def test_meta_reads_back(saved):
   checkpoint.check_identity(directory, SAVED, meta, IDENTITY)
 
 
-@pytest.mark.parametrize("name", ["8_hot", "1_cold", "mixed"])
+@pytest.mark.parametrize("name", ["8_hot", "1_cold", "mixed", "8_copies"])
 def test_checksums_are_those_of_the_ranks(name, saved):
   directory, want = saved
   state = restore(directory, name)
@@ -246,7 +252,7 @@ def test_bfloat16_rows(tmp_path):
 # ---- Bounded memory
 
 
-@pytest.mark.parametrize("name", ["mixed", "8_hot", "1_cold"])
+@pytest.mark.parametrize("name", ["mixed", "8_hot", "1_cold", "8_copies"])
 def test_rows_are_read_in_bounded_blocks(name, saved, monkeypatch):
   directory, want = saved
   block = 1 << 16

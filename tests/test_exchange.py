@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from recjax import exchange, lookup, sparse_optim, tables
+from recjax.cuts import TRANSPORTS
 from recjax.exchange import NONE
 from recjax.mesh import AXIS, batch_sharding, make_mesh
 from recjax.planner import Plan
@@ -27,7 +28,9 @@ SGD = sparse_optim.sgd(0.1)
 FAST = {"xla_backend_optimization_level": 0}
 
 
-def make_plan(devices, hot, warm_end, capacity_warm, capacity_cold, rows=ROWS):
+def make_plan(
+  devices, hot, warm_end, capacity_warm, capacity_cold, rows=ROWS, **nodes
+):
   return Plan(
     devices=devices,
     batch_size=devices * SAMPLES,
@@ -38,6 +41,22 @@ def make_plan(devices, hot, warm_end, capacity_warm, capacity_cold, rows=ROWS):
     warm_end=warm_end,
     capacity_warm=capacity_warm,
     capacity_cold=capacity_cold,
+    **nodes,
+  )
+
+
+def node_plan(g, way, far_warm, far_cold, *cuts_and_capacities) -> Plan:
+  """8 devices in nodes of g; far: rows of the buffers between nodes."""
+  copies = way.warm_copies == "node"
+  staged = way.exchange == "two_stage"
+  return make_plan(
+    8,
+    *cuts_and_capacities,
+    node_devices=g,
+    exchange=way.exchange,
+    warm_copies=way.warm_copies,
+    capacity_far_warm=far_warm if staged or copies else 0,
+    capacity_far_cold=far_cold if staged else 0,
   )
 
 
@@ -64,6 +83,20 @@ PLANS = {
   "enough": make_plan(8, 5, 40, LOOKUPS, LOOKUPS),
   "one_device": make_plan(1, 3, 20, 2, 3),
   **{f"random_{seed}": random_plan(seed) for seed in range(3)},
+}
+STAGES, COPIES, BOTH = TRANSPORTS[2], TRANSPORTS[1], TRANSPORTS[3]
+ENOUGH = 4 * LOOKUPS
+NODE_PLANS = {
+  "two_stage_enough": node_plan(
+    4, STAGES, ENOUGH, ENOUGH, 5, 40, LOOKUPS, LOOKUPS
+  ),
+  "two_stage_one_row": node_plan(2, STAGES, 1, 1, 5, 40, 1, 1),
+  "two_stage_tight_between": node_plan(4, STAGES, 1, 2, 5, 40, 3, LOOKUPS),
+  "two_stage_tight_within": node_plan(4, STAGES, 40, 4, 0, 40, 1, 1),
+  "copies_one_row": node_plan(4, COPIES, 1, 0, 0, 60, 1, 2),
+  "copies_tight_between": node_plan(2, COPIES, 2, 0, 5, ROWS, 3, 0),
+  "copies_enough": node_plan(4, COPIES, 60, 0, 5, ROWS, LOOKUPS, 0),
+  "copies_and_two_stage": node_plan(4, BOTH, 3, 1, 5, 40, 2, 2),
 }
 
 
@@ -119,12 +152,12 @@ def one_round(plan):
     route = exchange.route(ids.reshape(-1), plan)
     begin = jax.numpy.where(first, route.starts[:-1], begin.reshape(-1))
     now = exchange.next_round(route, begin, plan)
-    requests = exchange.request(route, now, plan)
+    requests = tuple(asked and asked.slots for asked in (now.warm, now.cold))
     positions = exchange.positions(route, now, plan)
     seen = (now.begin, now.end, now.more, requests, positions)
     return jax.tree.map(lambda x: x[None], seen)
 
-  mesh = make_mesh(plan.devices)
+  mesh = make_mesh(plan.devices, plan.node_devices)
   sharded = jax.shard_map(
     f,
     mesh=mesh,
@@ -134,7 +167,7 @@ def one_round(plan):
   )
   n = plan.devices
   ids = np.zeros((n * SAMPLES, COLUMNS), np.int32)
-  begin = np.zeros((n, 2 * n + 1), np.int32)
+  begin = np.zeros((n, buckets(plan)), np.int32)
   args = jax.device_put((ids, begin), batch_sharding(mesh))
   compiled = jax.jit(sharded).lower(*args, np.bool(True)).compile(FAST)
 
@@ -145,11 +178,15 @@ def one_round(plan):
   return run
 
 
+def buckets(plan) -> int:
+  return plan.warm_owners + plan.devices + 1
+
+
 def rounds_of(plan, ids):
   """Each round's (requested ranks [owner, peer] -> list, positions)."""
   n = plan.devices
   ids = ids.astype(np.int32)
-  begin, first, more = np.zeros((n, 2 * n + 1), np.int32), True, True
+  begin, first, more = np.zeros((n, buckets(plan)), np.int32), True, True
   while more:
     begins, ends, mores, requests, positions = one_round(plan)(
       ids, begin, first
@@ -184,7 +221,7 @@ def test_each_row_is_asked_of_its_owner_once_in_one_round(name):
         if first == stop:
           assert slots is None
           continue
-        assert slots.shape == (n, n, c)  # [owner, peer, C]
+        slots = slots.reshape(n, n, c)  # [owner, peer, C]
         for owner in range(n):
           for peer in range(n):
             mine = slots[owner, peer]
@@ -222,6 +259,51 @@ def test_each_row_is_asked_of_its_owner_once_in_one_round(name):
   assert (most == 1) == (name == "enough")
 
 
+@pytest.mark.parametrize("name", NODE_PLANS)
+def test_each_row_crosses_once_a_node_in_one_round(name):
+  plan = NODE_PLANS[name]
+  g, nodes = plan.node_devices, plan.nodes
+  ways = exchange.ways(plan)
+  firsts = {"warm": plan.hot, "cold": plan.warm_end}
+  most = 0
+  for ids in draws(plan):
+    flat = ids.reshape(nodes, g * LOOKUPS)
+    asked = {
+      tier: [[] for _ in range(nodes)] for tier in ways if ways[tier].far
+    }
+    round_of = {}  # rank -> round
+    delivered = np.zeros(ids.size, int)
+    for rounds, (requests, positions) in enumerate(rounds_of(plan, ids), 1):
+      most = max(most, rounds)
+      inside = positions.ravel() < exchange.buffer_starts(plan)[-1]
+      delivered += inside
+      for rank in ids.ravel()[inside].tolist():
+        assert round_of.setdefault(rank, rounds) == rounds
+      for tier, slots in zip(("warm", "cold"), requests, strict=True):
+        if tier not in asked:
+          continue
+        way = ways[tier]
+        for device in range(plan.devices):
+          owner = device % way.owners
+          mine = slots[device].reshape(-1, way.far)  # of each node, or its own
+          for k, there in enumerate(mine):
+            node = k if len(mine) > 1 else device // g
+            real = there[there < way.slots]
+            assert np.all(there[len(real) :] == way.slots)
+            ranks = firsts[tier] + real * way.owners + owner
+            asked[tier][node] += ranks.tolist()
+            for rank in ranks.tolist():
+              assert round_of[rank] == rounds
+    np.testing.assert_array_equal(delivered, ids.ravel() >= plan.hot)
+    stops = {"warm": plan.warm_end, "cold": plan.rows}
+    for tier, of_nodes in asked.items():
+      for node, ranks in enumerate(of_nodes):
+        there = np.unique(flat[node])
+        there = there[(there >= firsts[tier]) & (there < stops[tier])]
+        assert sorted(ranks) == there.tolist()  # each of them once
+  assert (most == 1) == name.endswith("enough")
+
+
 # ---- Through the lookup: the rank itself is the row
 
 
@@ -231,19 +313,20 @@ def numbered(plan, mesh):
   rows = np.stack([ranks, -ranks], axis=1)
   cuts = {
     "hot": (0, plan.hot, None),
-    "warm": (plan.hot, plan.warm_end, plan.warm_slots),
-    "cold": (plan.warm_end, ROWS, plan.cold_slots),
+    "warm": (plan.hot, plan.warm_end, plan.warm_owners),
+    "cold": (plan.warm_end, ROWS, plan.devices),
   }
   place = tables.shardings(plan, SGD, mesh)
   tiers = {}
-  for name, (first, stop, slots) in cuts.items():
+  for name, (first, stop, owners) in cuts.items():
     x = rows[first:stop]
     if first == stop:
       tiers[name] = None
       continue
-    if slots:
-      padding = np.full((slots * plan.devices - len(x), DIM), np.nan, x.dtype)
-      x = np.concatenate([x, padding]).reshape(slots, plan.devices, DIM)
+    if owners:
+      slots = getattr(plan, f"{name}_slots")
+      padding = np.full((slots * owners - len(x), DIM), np.nan, x.dtype)
+      x = np.concatenate([x, padding]).reshape(slots, owners, DIM)
     x = jax.device_put(x, getattr(place, name).rows)
     tiers[name] = Tier(x, {})
   return tables.Tables(**tiers)
@@ -251,15 +334,15 @@ def numbered(plan, mesh):
 
 @functools.cache
 def reader(plan):
-  """(ids) -> (activations [B, A, d], rounds), compiled."""
-  mesh = make_mesh(plan.devices)
+  """(ids) -> (activations [B, A, d], rounds, updated tables), compiled."""
+  mesh = make_mesh(plan.devices, plan.node_devices)
   t = numbered(plan, mesh)
 
   def f(t, ids):
     activations, trip = lookup.read(
       t, ids, None, FEATURES, plan, np.dtype(np.float32)
     )
-    _, rounds = lookup.update(
+    new, rounds = lookup.update(
       t,
       trip,
       activations,
@@ -270,13 +353,14 @@ def reader(plan):
       np.int32(0),
       np.uint32(0),
     )
-    return activations, rounds[None]
+    return activations, rounds[None], new
 
+  place = tables.specs(plan, SGD)
   sharded = jax.shard_map(
     f,
     mesh=mesh,
-    in_specs=(tables.specs(plan, SGD), PartitionSpec(AXIS)),
-    out_specs=PartitionSpec(AXIS),
+    in_specs=(place, PartitionSpec(AXIS)),
+    out_specs=(PartitionSpec(AXIS), PartitionSpec(AXIS), place),
     check_vma=False,
   )
   ids = np.zeros((plan.batch_size, COLUMNS), np.int32)
@@ -286,27 +370,48 @@ def reader(plan):
 
 
 def check_read(plan, ids):
-  """The lookup equals direct indexing. Returns its number of rounds."""
-  activations, rounds = reader(plan)(ids)
+  """Lookup and update equal direct indexing. Returns the number of rounds.
+
+  The gradients are the activations: a row that is used k times moves by
+  -0.1 k of itself.
+  """
+  activations, rounds, new = reader(plan)(ids)
   want = np.where(ids >= 0, ids, 0).astype(np.float32)
   want = np.stack([want, -want], axis=-1)
   np.testing.assert_array_equal(activations, want)
   assert np.all(rounds == rounds[0])
+  rows = np.concatenate(
+    [
+      np.asarray(tier.rows).reshape(-1, DIM)[:count]
+      for tier, count in zip(new, (plan.hot, plan.warm, plan.cold), strict=True)
+      if tier is not None
+    ]
+  )
+  used = np.bincount(ids[ids >= 0], minlength=ROWS)
+  want = np.arange(ROWS) * (1 - 0.1 * used)
+  np.testing.assert_allclose(
+    rows, np.stack([want, -want], axis=1), rtol=2e-5, atol=1e-3
+  )
   return rounds[0]
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", [*PLANS, *NODE_PLANS])
 def test_lookup_equals_indexing_and_reports_its_rounds(name):
-  plan = PLANS[name]
+  plan = (PLANS | NODE_PLANS)[name]
   for ids in draws(plan):
     rounds = check_read(plan, ids)
     assert rounds == len(list(rounds_of(plan, ids)))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.sampled_from(["one_row_buffers", "random_0"]))
+@given(
+  st.data(),
+  st.sampled_from(
+    ["one_row_buffers", "random_0", "copies_and_two_stage", "two_stage_one_row"]
+  ),
+)
 def test_lookup_of_any_ids_equals_indexing(data, name):
-  plan = PLANS[name]
+  plan = (PLANS | NODE_PLANS)[name]
   size = plan.batch_size * COLUMNS
   few = data.draw(st.lists(st.integers(-1, ROWS - 1), min_size=1, max_size=20))
   pick = data.draw(st.lists(st.sampled_from(few), max_size=size))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax import cost, planner
+from recjax import cost, planner, presets
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.planner import Plan
@@ -71,7 +71,13 @@ def cases(draw):
     "slot_bytes": slots,
     "device_bytes": room + draw(st.integers(0, row_bytes - 1)),
     "capacity": draw(st.sampled_from([0, 0, 1, 7, 30])),
+    "topology": nodes_of(n, draw(st.sampled_from([n, n, 1, 2, 4]))),
   }
+
+
+def nodes_of(devices, node_devices):
+  t = presets.cpu(devices)
+  return dataclasses.replace(t, node_devices=node_devices)
 
 
 def row_bytes_of(arguments) -> int:
@@ -91,16 +97,26 @@ def test_a_plan_is_consistent_and_fits(case, chance):
   assert p.hot + p.warm + p.cold == p.rows
 
   # Shards hold their rows, padded by little, within the budget.
-  for rows, slots in ((p.warm, p.warm_slots), (p.cold, p.cold_slots)):
-    assert -(-rows // n) <= slots <= -(-rows // n) * (1 + 1 / 128)
+  tiers = (
+    (p.warm, p.warm_slots, p.warm_owners, p.capacity_warm, p.capacity_far_warm),
+    (p.cold, p.cold_slots, n, p.capacity_cold, p.capacity_far_cold),
+  )
+  for rows, slots, owners, *_ in tiers:
+    each = -(-rows // owners)
+    assert each <= slots <= each * (1 + 1 / 128)
   assert p.hot + p.warm_slots <= fit
-  if p.cold and p.warm:  # and what fits is used: one more row would not
+  staged, copies = p.exchange == "two_stage", p.warm_copies == "node"
+  assert p.nodes > 1 or not (staged or copies)
+  if p.cold and p.warm and not copies:  # what fits is used: one more would not
     assert p.hot + p.warm_slots >= (fit - p.hot) * 127 // 128
 
   # A buffer never holds more than can be asked of it, and never nothing.
-  for rows, c in ((p.warm, p.capacity_warm), (p.cold, p.capacity_cold)):
-    most = min(-(-rows // n), local * arguments["lookups"])
+  for (rows, _, owners, c, far), united in zip(
+    tiers, (staged or copies, staged), strict=True
+  ):
+    most = min(-(-rows // owners), local * arguments["lookups"])
     assert min(rows, 1) <= c <= most
+    assert united * min(rows, 1) <= far <= united * c * n // p.nodes
     if arguments["capacity"]:
       assert c == min(arguments["capacity"], most)
 

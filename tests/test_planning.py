@@ -162,6 +162,56 @@ def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
   assert run(config, tmp_path)[0].capacity_hot == 0
 
 
+def test_transports_between_nodes_are_chosen_and_overridden(tmp_path):
+  few = {"data__rows": (100_000, 1_000, 50)}
+  plan, printed = run(terabyte(**few), tmp_path, 16)
+  assert (plan.nodes, plan.node_devices) == (2, 8)
+  assert "2 nodes of 8: " in printed
+  seconds = {}
+  for exchange in ("flat", "two_stage"):
+    for copies in ("one", "node"):
+      config = terabyte(
+        **few, plan__exchange=exchange, plan__warm_copies=copies
+      )
+      config.plan.hot_rows = 0
+      forced, printed = run(config, tmp_path, 16)
+      assert (forced.exchange, forced.warm_copies) == (exchange, copies)
+      owners = 16 if copies == "one" else 8
+      assert forced.warm_owners == owners
+      assert forced.warm_slots >= forced.warm / owners
+      assert (forced.capacity_far_warm > 0) == (
+        exchange == "two_stage" or copies == "node"
+      )
+      assert (forced.capacity_far_cold > 0) == (
+        exchange == "two_stage" and forced.cold > 0
+      )
+      per_sample = f"{forced.network_per_sample:,.0f} bytes a sample between"
+      assert per_sample in printed
+      total = sum(v for k, v in forced.sent if k != "host")
+      assert sum(dict(forced.network).values()) < total
+      seconds[exchange, copies] = forced.step_seconds
+  assert plan.step_seconds <= min(seconds.values())
+  network = dict(forced.network)
+  assert network["rows"] == 0 or forced.cold  # copies are read in the node
+
+
+def test_nodes_are_simulated_or_refused(tmp_path):
+  few = {"data__rows": (100_000, 1_000, 50)}
+  config = terabyte(**few, mesh__node_devices=2)
+  plan, _ = run(config, tmp_path)
+  assert (plan.nodes, plan.node_devices) == (4, 2)
+  config.mesh.node_devices = 3
+  with pytest.raises(UserError, match=r"mesh\.node_devices: 8 devices cannot"):
+    run(config, tmp_path)
+  for field, value in (("exchange", "two_stage"), ("warm_copies", "node")):
+    config = terabyte(**few, **{f"plan__{field}": value})
+    with pytest.raises(UserError, match=rf"plan\.{field}: '{value}' needs"):
+      run(config, tmp_path)  # 8 devices, one node
+  # 12 devices are no whole nodes of 8: one exchange for all.
+  plan, _ = run(terabyte(**few, train__batch_size=12 * 512), tmp_path, 12)
+  assert (plan.nodes, plan.exchange, plan.warm_copies) == (1, "flat", "one")
+
+
 def test_overrides_are_kept(tmp_path):
   config = terabyte(plan__hot_rows=1_000, plan__warm_rows=5_000_000)
   config.plan.capacity = 7

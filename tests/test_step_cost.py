@@ -1,12 +1,13 @@
 """Terms of a step: sizes counted from the model and the runtime's shapes."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from recjax import config, models, presets, step_cost
+from recjax import config, cost, models, presets, step_cost
 from recjax.step_cost import Dense, Load, Work
 
 WORK = Work(
@@ -72,22 +73,75 @@ def test_one_device_sends_only_to_its_host():
 def test_arrays_and_numbers_agree():
   t = presets.get("dgx_h100", 8)
   hot, warm, cold = np.array([[0.0, 5, 9], [0, 8, 64], [16, 0, 8]])
-  for gathered in (None, hot / 2):
-    every = step_cost.step_seconds(WORK, t, Load(hot, warm, cold, gathered))
+  work = dataclasses.replace(WORK, node_devices=4)
+  for gathered, far in itertools.product((None, hot / 2), (None, warm / 2)):
+    load = Load(hot, warm, cold, gathered, far, None, far is not None)
+    every = step_cost.step_seconds(work, t, load)
     for i in range(3):
-      one = step_cost.step_seconds(
-        WORK,
-        t,
-        Load(
-          float(hot[i]),
-          float(warm[i]),
-          float(cold[i]),
-          None if gathered is None else float(gathered[i]),
-        ),
-      )
+      one = {
+        k: x if x is None or x is True or x is False else float(x[i])
+        for k, x in dataclasses.asdict(load).items()
+      }
+      one = step_cost.step_seconds(work, t, Load(**one))
       for term, seconds in every.items():
         got = np.broadcast_to(seconds, 3)[i]
         assert got == pytest.approx(one[term], rel=1e-12), term
+
+
+def test_stages_send_what_the_formulas_say():
+  """A row that each of g devices and their node touch with some chance."""
+  work = dataclasses.replace(WORK, node_devices=4)
+  pi, pi_node = 100.0, 250.0  # of many rows together
+  w = work.wire_bytes
+  near, far = pi, pi_node / 4  # n C and N C_far
+  staged = Load(0.0, near, near, None, far, far)
+  two = sum(cost.two_stage_bytes(2 * pi_node, w, 2, 4))
+  sent = step_cost.network_bytes(work, staged)
+  assert sum(sent.values()) == pytest.approx(two)
+  within = sum(cost.coalesced_bytes(2 * pi, w, 4))
+  total = step_cost.sent_bytes(work, staged)
+  total.pop("host")
+  assert sum(total.values()) == pytest.approx(two + within)
+  # Flat: half of the rows are the other node's.
+  flat = step_cost.network_bytes(work, Load(0.0, near))
+  assert sum(flat.values()) == pytest.approx(pi * (2 * w + 4) / 2)
+  # Copies: each node's sums go to every other node.
+  copies = Load(0.0, near, 0.0, None, 2 * far, None, True)
+  sent = step_cost.network_bytes(work, copies)
+  assert sum(sent.values()) == pytest.approx(pi_node / 4 * (w + 4))
+  serving = dataclasses.replace(work, train=False)
+  assert sum(step_cost.network_bytes(serving, copies).values()) == 0
+  # Replicas' gradients: of all, and of those touched.
+  hot = step_cost.network_bytes(work, Load(8.0))["hot gradients"]
+  assert hot == pytest.approx(2 * 8 * 4 * 17 / 2 / 4)
+  hot = step_cost.network_bytes(work, Load(8.0, gathered=3.0))["hot gradients"]
+  assert hot == pytest.approx(3 * (w + 4))
+
+
+@pytest.mark.parametrize("name", ["dgx_h200", "tpu_v5e"])
+def test_a_slow_network_asks_for_stages(name):
+  work = dataclasses.replace(WORK, node_devices=4, dense=Dense())
+  t = dataclasses.replace(presets.get(name, 8), node_devices=4)
+  flat = Load(0.0, 1e5)
+  staged = Load(0.0, 1e5, 0.0, None, 3e4, None)
+  copies = Load(0.0, 1e5, 0.0, None, 6e4, None, True)
+  for load in (flat, staged, copies):
+    slow, fast = (
+      sum(
+        step_cost.step_seconds(
+          work, dataclasses.replace(t, network=rate), load
+        ).values()
+      )
+      for rate in (1e9, 1e13)
+    )
+    sent = sum(step_cost.network_bytes(work, load).values())
+    assert slow - fast <= sent / 1e9 * (1 + 1e-9)
+    assert slow > fast
+  slow = dataclasses.replace(t, network=1e9)
+  seconds = [
+    sum(step_cost.step_seconds(work, slow, x).values()) for x in (flat, staged)
+  ]
+  assert seconds[1] < seconds[0]
 
 
 def test_touched_rows_or_all_of_them():

@@ -8,14 +8,14 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from recjax import sparse_optim, tables
-from recjax.mesh import AXIS, make_mesh
+from recjax.mesh import make_mesh
 from recjax.planner import Plan
 from recjax.tables import Tier
 
 ROWS, DIM = 1_003, 8
 ADAM = sparse_optim.adam(0.1)
 ROWWISE = sparse_optim.rowwise_adagrad(0.1)
-# devices, hot, warm_end
+# devices, hot, warm_end, and the devices of a node with a copy of warm rows
 PLANS = {
   "hot": (8, ROWS, ROWS),
   "warm": (2, 0, ROWS),
@@ -23,10 +23,14 @@ PLANS = {
   "cold_on_8": (8, 0, 0),
   "hot_and_cold": (8, 5, 5),
   "mixed": (8, 10, 317),
+  "copies": (8, 10, 317, 4),
+  "copies_of_all": (4, 0, ROWS, 2),
 }
 
 
-def make_plan(devices, hot, warm_end, rows=ROWS, dim=DIM, dtype="float32"):
+def make_plan(
+  devices, hot, warm_end, copies=0, rows=ROWS, dim=DIM, dtype="float32"
+):
   return Plan(
     devices=devices,
     batch_size=devices,
@@ -37,6 +41,9 @@ def make_plan(devices, hot, warm_end, rows=ROWS, dim=DIM, dtype="float32"):
     warm_end=warm_end,
     capacity_warm=1 if warm_end > hot else 0,
     capacity_cold=1 if rows > warm_end else 0,
+    node_devices=copies,
+    warm_copies="node" if copies else "one",
+    capacity_far_warm=1 if copies else 0,
   )
 
 
@@ -60,7 +67,7 @@ def rank_order(t: tables.Tables, plan):
 @functools.cache
 def fresh(name, optimizer="rowwise_adagrad", scale=0.25, seed=3):
   plan = make_plan(*PLANS[name])
-  mesh = make_mesh(plan.devices)
+  mesh = make_mesh(plan.devices, plan.node_devices)
   optimizer = sparse_optim.OPTIMIZERS[optimizer](0.1)
   return plan, mesh, tables.init(plan, optimizer, mesh, scale, seed)
 
@@ -118,24 +125,25 @@ def test_shards_lie_with_their_owners_in_the_right_memory(name):
     placed,
   )
   device = jax.devices()[0].default_memory().kind
-  spec = PartitionSpec(None, AXIS)
+  spec = lambda tier: PartitionSpec(None, tables.owners_of(plan, tier)[1])
   for tier, (where, wide) in {
     "hot": (PartitionSpec(), device),
-    "warm": (spec, device),
-    "cold": (spec, "pinned_host"),
+    "warm": (spec("warm"), device),
+    "cold": (spec("cold"), "pinned_host"),
   }.items():
     for x in jax.tree.leaves(getattr(t, tier)):
       assert x.sharding == NamedSharding(mesh, where, memory_kind=wide)
-  # Rank r of a tier is slot r // n of owner r % n.
-  n, want = plan.devices, rank_order(t, plan).rows
+  # Rank r of a tier is slot r // n of owner r % n, in every node of copies.
+  want = rank_order(t, plan).rows
   for tier, first in (("warm", plan.hot), ("cold", plan.warm_end)):
     if getattr(t, tier) is None:
       continue
+    n = plan.warm_owners if tier == "warm" else plan.devices
     shards = getattr(t, tier).rows.addressable_shards
-    assert len(shards) == n
+    assert len(shards) == plan.devices
     for k, shard in enumerate(shards):
       assert shard.device == jax.devices()[k]
-      mine = want[first : first + counts(plan)[tier]][k::n]
+      mine = want[first : first + counts(plan)[tier]][k % n :: n]
       np.testing.assert_array_equal(
         np.asarray(shard.data)[: len(mine), 0], mine
       )
@@ -157,7 +165,7 @@ def test_bfloat16_rows_have_float32_slots():
 def asked_and_filled(name, block_rows):
   """The ranges that fill asks for, and the tables that it returns."""
   plan = make_plan(*PLANS[name])
-  mesh = make_mesh(plan.devices)
+  mesh = make_mesh(plan.devices, plan.node_devices)
   t = tables.init(plan, ROWWISE, mesh, 0.25, 3)
   asked = []
 

@@ -1,5 +1,6 @@
 """Every placement, mesh and capacity equals one dense table on one device."""
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from bench_nodes import between_nodes, collectives
 
-from recjax import lookup, sparse_optim, tables, train_step
+from recjax import lookup, sparse_optim, step_cost, tables, train_step
+from recjax.cuts import FLAT, TRANSPORTS
 from recjax.mesh import batch_sharding, make_mesh, replicated
 from recjax.planner import Plan
 from recjax.specs import Feature
+from recjax.step_cost import Load, Work
 
 ROWS, DIM, BATCH, DENSE, STEPS = 203, 8, 32, 3, 20
 LEARNING_RATE = 0.1
@@ -59,9 +63,15 @@ TIERS = {
 }
 
 
-def make_plan(devices, tiers, capacity, batch=BATCH, dtype="float32"):
+def make_plan(
+  devices, tiers, capacity, batch=BATCH, dtype="float32", nodes=(0, FLAT)
+):
+  """nodes: (devices of each, transport)."""
   hot, warm = TIERS[tiers]
   enough = capacity or ROWS
+  node_devices, way = nodes
+  staged = way.exchange == "two_stage"
+  copies = way.warm_copies == "node"
   return Plan(
     devices=devices,
     batch_size=batch,
@@ -74,6 +84,11 @@ def make_plan(devices, tiers, capacity, batch=BATCH, dtype="float32"):
     capacity_cold=enough if hot + warm < ROWS else 0,
     hot_sync="sparse" if "sparse" in tiers else "dense",
     capacity_hot=enough if "sparse" in tiers else 0,
+    node_devices=node_devices,
+    exchange=way.exchange,
+    warm_copies=way.warm_copies,
+    capacity_far_warm=enough if warm and (staged or copies) else 0,
+    capacity_far_cold=enough if hot + warm < ROWS and staged else 0,
   )
 
 
@@ -209,7 +224,7 @@ def rank_order(t: tables.Tables, plan):
 
 
 def build(features, plan, optimizer, exchange_dtype=jnp.float32):
-  mesh = make_mesh(plan.devices)
+  mesh = make_mesh(plan.devices, plan.node_devices)
   model = train_step.Model(
     apply=apply,
     features=features,
@@ -304,8 +319,48 @@ def test_equals_one_dense_table(devices, tiers, capacity, kind, optimizer):
   assert (max(rounds) > 1) == (capacity == "one_row")
 
 
-def test_bfloat16_exchange_stays_close():
-  plan = make_plan(8, "mixed", 0)
+COPIES, STAGES, BOTH = TRANSPORTS[1:]
+# Devices of a node, and the buffers' rows (0: enough for all).
+NODES = [
+  (4, FLAT, "mixed", 1, "sgd"),
+  (4, COPIES, "mixed", 0, "adam"),
+  (4, STAGES, "mixed", 0, "adagrad"),
+  (4, STAGES, "mixed", 1, "adam"),
+  (4, BOTH, "mixed_sparse", 1, "rowwise_adagrad"),
+  (2, COPIES, "warm", 1, "adam"),
+  (2, BOTH, "mixed", 2, "adagrad"),
+]
+
+
+@pytest.mark.parametrize(("g", "way", "tiers", "capacity", "optimizer"), NODES)
+def test_several_nodes_equal_one_dense_table(
+  g, way, tiers, capacity, optimizer
+):
+  kind = "shared_table"
+  plan = make_plan(8, tiers, capacity, nodes=(g, way))
+  first, state, rounds = train(FEATURES[kind], plan, optimizer, FAST)
+  want_first, (rows, slots, params) = wanted(kind, optimizer)
+  np.testing.assert_array_equal(first, want_first)
+  got = rank_order(state.tables, plan)
+  assert_close((got.rows, got.slots, state.params), (rows, slots, params))
+  assert (max(rounds) > 1) == (capacity > 0)
+  check_copies(state)
+
+
+def check_copies(state):
+  """All replicas of an array are the same, bit by bit."""
+  for x in jax.tree.leaves(state.tables):
+    by_part = {}
+    for shard in x.addressable_shards:
+      by_part.setdefault(str(shard.index), []).append(np.asarray(shard.data))
+    for first, *others in by_part.values():
+      for other in others:
+        np.testing.assert_array_equal(first, other)
+
+
+@pytest.mark.parametrize("nodes", [(0, FLAT), (4, STAGES), (2, BOTH)])
+def test_bfloat16_exchange_stays_close(nodes):
+  plan = make_plan(8, "mixed", 0, nodes=nodes)
   _, state, _ = train(
     FEATURES["one_hot"], plan, "sgd", exchange_dtype=jnp.bfloat16
   )
@@ -313,10 +368,12 @@ def test_bfloat16_exchange_stays_close():
   got = rank_order(state.tables, plan).rows
   assert not np.array_equal(got, rows)
   np.testing.assert_allclose(got, rows, atol=2e-2)
+  check_copies(state)
 
 
-def test_bfloat16_exchange_sends_two_bytes():
-  plan = make_plan(8, "mixed_sparse", 0)
+@pytest.mark.parametrize("nodes", [(0, FLAT), (4, BOTH)])
+def test_bfloat16_exchange_sends_two_bytes(nodes):
+  plan = make_plan(8, "mixed_sparse", 0, nodes=nodes)
   model, mesh, state = build(
     FEATURES["one_hot"], plan, "sgd", exchange_dtype=jnp.bfloat16
   )
@@ -330,11 +387,14 @@ def test_bfloat16_exchange_sends_two_bytes():
   assert not {dtype for dtype, _ in of} & {"f32", "bf16"}
 
 
-@pytest.mark.parametrize("tiers", ["hot", "warm", "cold"])
+@pytest.mark.parametrize("tiers", ["hot", "warm", "cold", "copies"])
 def test_bfloat16_rows_are_the_same_on_every_mesh_and_near_float32(tiers):
   got = []
+  nodes = (4, BOTH) if tiers == "copies" else (0, FLAT)
+  tiers = "warm" if tiers == "copies" else tiers
   for devices in (1, 8):
-    plan = make_plan(devices, tiers, 0, dtype="bfloat16")
+    of = nodes if devices > 1 else (0, FLAT)
+    plan = make_plan(devices, tiers, 0, dtype="bfloat16", nodes=of)
     _, state, _ = train(FEATURES["one_hot"], plan, "sgd")
     got.append(rank_order(state.tables, plan).rows.astype(np.float32))
   # A rare sum on a rounding edge may fall to the other side.
@@ -351,15 +411,13 @@ def test_stochastic_rounding_is_unbiased():
   np.testing.assert_allclose(jnp.mean(rounded), x[0], atol=4e-5)
 
 
-def big_plan(rows, tiers, devices=8):
+def big_plan(rows, tiers, devices=8, nodes=(0, FLAT)):
+  small = make_plan(devices, "mixed", 8, nodes=nodes)
   cut = {"warm": (0, rows), "cold": (0, 0), "mixed": (64, rows // 2)}
   hot, warm_end = cut[tiers]
-  return Plan(
-    devices=devices,
-    batch_size=BATCH,
+  return dataclasses.replace(
+    small,
     rows=rows,
-    dim=DIM,
-    dtype="float32",
     hot=hot,
     warm_end=warm_end,
     capacity_warm=8 if warm_end > hot else 0,
@@ -367,11 +425,12 @@ def big_plan(rows, tiers, devices=8):
   )
 
 
-def compiled_memory(rows, tiers, optimizer):
-  """Of the step over tables that are never created."""
+def compiled_step(plan, optimizer):
+  """(the step over tables that are never created, their bytes a device)."""
   features = FEATURES["one_hot"]
-  plan, mesh = big_plan(rows, tiers), make_mesh(8)
-  small, _, state = build(features, make_plan(8, tiers, 1), optimizer)
+  mesh = make_mesh(8, plan.node_devices)
+  small = make_plan(8, "hot", 1, nodes=(plan.node_devices, FLAT))
+  small, _, state = build(features, small, optimizer)
   model = small._replace(plan=plan)
   t = jax.eval_shape(
     lambda: tables.init(plan, model.sparse_optimizer, mesh, 0.1, 0)
@@ -382,20 +441,77 @@ def compiled_memory(rows, tiers, optimizer):
   )
   batch = jax.device_put(next(batches(features)), batch_sharding(mesh))
   step = train_step.make_train_step(model, mesh)
-  memory = step.lower(state._replace(tables=t), batch).compile()
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) // 8
-  return memory.memory_analysis(), size
+  step = step.lower(state._replace(tables=t), batch).compile()
+  shard = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return step, sum(map(shard, jax.tree.leaves(t)))
 
 
 @pytest.mark.parametrize(
-  ("tiers", "optimizer"),
-  [("mixed", name) for name in OPTIMIZERS]
-  + [("warm", "adam"), ("cold", "adam")],
+  ("tiers", "optimizer", "nodes"),
+  [("mixed", name, (0, FLAT)) for name in OPTIMIZERS]
+  + [("warm", "adam", (0, FLAT)), ("cold", "adam", (0, FLAT))]
+  + [("mixed", "adam", (4, STAGES)), ("mixed", "adam", (4, BOTH))],
 )
-def test_tables_are_updated_in_place(tiers, optimizer):
-  small, _ = compiled_memory(1_000_000, tiers, optimizer)
-  large, size = compiled_memory(64_000_000, tiers, optimizer)
+def test_tables_are_updated_in_place(tiers, optimizer, nodes):
+  plans = [big_plan(n, tiers, nodes=nodes) for n in (1_000_000, 64_000_000)]
+  steps = [compiled_step(plan, optimizer) for plan in plans]
+  small, large = (step.memory_analysis() for step, _ in steps)
+  size = steps[1][1]
   aliased = large.alias_size_in_bytes + large.host_alias_size_in_bytes
   assert aliased >= size
   assert large.temp_size_in_bytes == small.temp_size_in_bytes
   assert large.temp_size_in_bytes < 1 << 20
+
+
+# ---- What the compiled step sends
+
+
+@pytest.mark.parametrize(
+  ("g", "way"), [(0, FLAT), *((4, way) for way in TRANSPORTS), (2, BOTH)]
+)
+def test_buffers_on_the_wire_are_those_of_the_plan(g, way):
+  """Every exchange of a step, its operands and who takes part."""
+  plan = big_plan(1_000_000, "mixed", nodes=(g, way))
+  sizes = {"capacity_warm": 7, "capacity_cold": 5}
+  staged = way.exchange == "two_stage"
+  if staged or way.warm_copies == "node":
+    sizes["capacity_far_warm"] = 9
+  if staged:
+    sizes["capacity_far_cold"] = 11
+  plan = dataclasses.replace(plan, **sizes)
+  text = compiled_step(plan, "sgd")[0].as_text()
+  found = [
+    (kind, size, tuple(peers))
+    for kind, size, peers in collectives(text)
+    if kind != "all-reduce"
+  ]
+  everyone, g = tuple(range(8)), g or 8
+  within, across = tuple(range(g)), tuple(range(0, 8, g))
+  want = []
+
+  def trips(rows, peers, kinds=(4, 4 * DIM, 4 * DIM)):
+    want.extend(("all-to-all", rows * size, peers) for size in kinds)
+
+  for owners, c, far in (
+    (plan.warm_owners, 7, plan.capacity_far_warm),
+    (8, 5, plan.capacity_far_cold),
+  ):
+    trips(owners * c, within if far else everyone)
+    if far and owners == 8:
+      trips(8 // g * far, across)
+    elif far:
+      want.extend(("all-gather", far * x, across) for x in (4, 4 * DIM))
+  assert sorted(found) == sorted(want)
+  if g < 8:
+    work = Work(8, BATCH, 3, DIM, 0, 0, 4 * DIM, node_devices=g)
+    load = Load(
+      0.0,
+      plan.warm_owners * 7,
+      8 * 5,
+      0.0,
+      plan.capacity_far_warm * plan.nodes or None,
+      plan.capacity_far_cold * plan.nodes or None,
+      way.warm_copies == "node",
+    )
+    sent = step_cost.network_bytes(work, load)
+    assert between_nodes(text, g) == pytest.approx(sum(sent.values()))
