@@ -10,9 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bench_nodes import between_nodes, collectives
 
-from recjax import lookup, sparse_optim, step_cost, tables, train_step
+from recjax import (
+  collectives,
+  lookup,
+  sparse_optim,
+  step_cost,
+  tables,
+  train_step,
+)
 from recjax.cuts import FLAT, TRANSPORTS
 from recjax.mesh import batch_sharding, make_mesh, replicated
 from recjax.planner import Plan
@@ -479,12 +485,13 @@ def test_buffers_on_the_wire_are_those_of_the_plan(g, way):
   if staged:
     sizes["capacity_far_cold"] = 11
   plan = dataclasses.replace(plan, **sizes)
-  text = compiled_step(plan, "sgd")[0].as_text()
-  found = [
-    (kind, size, tuple(peers))
-    for kind, size, peers in collectives(text)
-    if kind != "all-reduce"
+  step = compiled_step(plan, "sgd")[0].as_text()
+  exchanged = [
+    c
+    for c in collectives.of_step(step, 8)
+    if c.kind != "all-reduce" and not c.repeated
   ]
+  found = [(c.kind, c.operand_bytes, c.groups[0]) for c in exchanged]
   everyone, g = tuple(range(8)), g or 8
   within, across = tuple(range(g)), tuple(range(0, 8, g))
   want = []
@@ -514,4 +521,5 @@ def test_buffers_on_the_wire_are_those_of_the_plan(g, way):
       way.warm_copies == "node",
     )
     sent = step_cost.network_bytes(work, load)
-    assert between_nodes(text, g) == pytest.approx(sum(sent.values()))
+    far = sum(c.sent(8, g) for c in exchanged)
+    assert far == pytest.approx(sum(sent.values()))
