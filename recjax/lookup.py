@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from recjax import exchange
+from recjax import exchange, pooled as pooled_lib
 from recjax.exchange import NONE, Round, Route
 from recjax.mesh import AXIS
 from recjax.planner import Plan
@@ -38,6 +38,7 @@ class Trip(NamedTuple):
   route: Route
   round: Round  # the first
   requests: tuple  # of the first round
+  sent: pooled_lib.Sent | None  # to the owners of pooled tables
 
 
 # ---- Pooling
@@ -104,7 +105,10 @@ def read(
 ):
   """Activations [b, A, d] float32, and the trip for `update`."""
   b, columns = ids.shape
-  flat = ids.reshape(-1)
+  alone = ids
+  if plan.pooled:
+    alone = jnp.where(pooled_lib.lookups(ids, features, plan), -1, ids)
+  flat = alone.reshape(-1)
   coef = coefficients(ids, weights, features)
 
   def pooled(rows):  # [L, d]
@@ -149,7 +153,13 @@ def read(
       activations, _ = lax.while_loop(
         lambda c: c[1].more, more, (activations, now)
       )
-  return activations, Trip(flat, coef, route, now, requests)
+    sent = None
+    if plan.pooled:
+      at, vectors, sent = pooled_lib.read(
+        tables.warm, ids, features, plan, exchange_dtype
+      )
+      activations = activations.at[:, at].add(vectors, unique_indices=True)
+  return activations, Trip(flat, coef, route, now, requests, sent)
 
 
 # ---- Update
@@ -235,11 +245,17 @@ def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
 
   slots [n, C] int32, grads [n, C, d].
   """
-  host = name == "cold"
-  size = tier.rows.shape[0]
   slots, grads = _summed(
-    slots.reshape(-1), grads.reshape(-1, plan.dim), size, plan.devices
+    slots.reshape(-1),
+    grads.reshape(-1, plan.dim),
+    tier.rows.shape[0],
+    plan.devices,
   )
+  return _update_rows(name, tier, slots, grads, plan, optimizer, step, seed)
+
+
+def _update_rows(name, tier, slots, grads, plan, optimizer, step, seed):
+  """slots [m] int32, distinct, padding past the end; grads [m, d] float32."""
   owner = lax.axis_index(AXIS).astype(jnp.int32)
   ranks = first_rank(plan, name) + slots * plan.devices + owner
   bits = _bits(ranks, plan, step, seed)
@@ -251,7 +267,7 @@ def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
     return jax.tree.map(lambda x, y: scatter(x, index, y), tier, new)
 
   operands = (index, grads, bits, step)
-  if host:
+  if name == "cold":
     return on_host(apply)(tier, *jax.device_put(operands, HOST))
   return apply(tier, *operands)
 
@@ -289,6 +305,24 @@ def update(
   if plan.hot == plan.rows and not sparse:
     return tables._replace(hot=hot), jnp.ones((), jnp.int32)
 
+  warm = tables.warm
+  if trip.sent is not None:
+    warm = _update_rows(
+      "warm",
+      warm,
+      *pooled_lib.gradients(
+        trip.sent,
+        gradients,
+        features,
+        plan,
+        exchange_dtype,
+        warm.rows.shape[0],
+      ),
+      plan,
+      optimizer,
+      step,
+      seed,
+    )
   n = plan.devices
   *_, hot_start, total = exchange.buffer_starts(plan)
   cold_start = n * plan.capacity_warm
@@ -317,7 +351,8 @@ def update(
       )
     return Tables(replicas, *sharded)
 
-  tables = one_round(tables._replace(hot=hot), trip.round, trip.requests)
+  tables = tables._replace(hot=hot, warm=warm)
+  tables = one_round(tables, trip.round, trip.requests)
   rounds = jnp.ones((), jnp.int32)
   if not exchange.one_round(plan, trip.ids.shape[0]):
 

@@ -54,6 +54,8 @@ class Plan:
   seconds: Terms = ()  # of a step, predicted, by term
   sent: Terms = ()  # bytes that a device sends in a step, by kind
   memory: Terms = ()  # bytes of a device, by kind
+  pooled: tuple[tuple[str, int], ...] = ()  # tables and their owners
+  spare: int = 0  # warm positions without a row; see layout.py
 
   @property
   def warm(self) -> int:
@@ -91,6 +93,7 @@ class Plan:
     fields["reports"] = tuple(TierReport(**r) for r in fields["reports"])
     for name in ("seconds", "sent", "memory"):
       fields[name] = tuple((k, v) for k, v in fields.get(name, ()))
+    fields["pooled"] = tuple(map(tuple, fields.get("pooled", ())))
     return cls(**fields)
 
 

@@ -135,11 +135,18 @@ def initial_rows(ranks, dim: int, scale: float, seed):
 
 
 def init(
-  plan: Plan, optimizer: Optimizer, mesh: Mesh, scale: float, seed: int
+  plan: Plan,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  scale: float,
+  seed: int,
+  warm_ranks: np.ndarray | None = None,
 ) -> Tables:
   """Rows uniform in +-scale by (seed, rank, column), slots 0.
 
   Every shard is computed where it belongs, without a temporary copy.
+  `warm_ranks` [warm] int32 are those of the warm positions, where they are not
+  in order; a position without a row, -1, gets zeros.
   """
 
   def tier(ranks, seed):
@@ -150,7 +157,7 @@ def init(
       for name, wide in optimizer.slots.items()
     }
     rows = initial_rows(ranks, plan.dim, scale, seed).astype(plan.dtype)
-    return Tier(rows, slots)
+    return Tier(jnp.where(ranks[..., None] < 0, 0, rows), slots)
 
   def sharded(first, slots):
     def make(owner, seed):
@@ -159,27 +166,38 @@ def init(
 
     return make
 
-  def make(seed):  # of a device's shard
+  def make(seed, warm_ranks):  # of a device's shard
     owner = lax.axis_index(AXIS).astype(jnp.int32)
     hot = warm = cold = None
     if plan.hot:
       hot = tier(lax.iota(jnp.int32, plan.hot), seed)
-    if plan.warm:
+    if warm_ranks is not None:
+      warm = tier(warm_ranks, seed)
+    elif plan.warm:
       warm = sharded(plan.hot, plan.warm_slots)(owner, seed)
     if plan.cold:
-      make_cold = on_host(sharded(plan.warm_end, plan.cold_slots))
+      first = plan.warm_end - plan.spare
+      make_cold = on_host(sharded(first, plan.cold_slots))
       cold = make_cold(*jax.device_put((owner, seed), HOST))
     return Tables(hot, warm, cold)
 
+  place = PartitionSpec(None, AXIS)
+  if warm_ranks is not None:
+    padding = plan.warm_slots * plan.devices - len(warm_ranks)
+    ranks = np.pad(warm_ranks, (0, padding), constant_values=-1)
+    ranks = ranks.reshape(-1, plan.devices)
+    warm_ranks = jax.make_array_from_callback(
+      ranks.shape, NamedSharding(mesh, place), lambda i: ranks[i]
+    )
   make = jax.shard_map(
     make,
     mesh=mesh,
-    in_specs=PartitionSpec(),
+    in_specs=(PartitionSpec(), place),
     out_specs=specs(plan, optimizer),
     check_vma=False,
   )
   make = jax.jit(make, out_shardings=shardings(plan, optimizer, mesh))
-  return make(np.uint32(seed))
+  return make(np.uint32(seed), warm_ranks)
 
 
 def _blocks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:

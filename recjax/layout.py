@@ -1,0 +1,107 @@
+"""Which position a warm row has where tables are pooled at their owners.
+
+Positions of warm rows belong to owners in turn, and normally a row's position
+is its rank. A pooled table's warm rows lie at its owner's positions instead,
+hottest first, as many as there is room for; the other rows take the positions
+that are left in rank order, each owner in turn while it has one. Hot rows stay
+at their ranks; cold rows follow the warm tier. All owners hold equally many
+positions, of which `Plan.spare` hold no row.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from recjax import owners
+from recjax.frequency import Profile
+from recjax.planner import Plan
+
+_SLICE = 1 << 24  # rows at a time, so that temporaries stay small
+NO_ROW = -1
+
+
+class Layout(NamedTuple):
+  """The warm rows' positions, and their inverse, both from `hot` on."""
+
+  hot: int
+  spare: int
+  positions: np.ndarray  # [warm - spare] int32, of ranks hot, hot + 1, ...
+  ranks: np.ndarray  # [warm] int32, of positions; NO_ROW where there is none
+
+  def positions_of(self, ranks: np.ndarray) -> np.ndarray:
+    """ranks [...] int32 -> positions [...] int32; -1 (no lookup) stays."""
+    stop = self.hot + len(self.positions)
+    at = np.clip(ranks - self.hot, 0, max(len(self.positions) - 1, 0))
+    other = ranks + np.where(ranks >= stop, self.spare, 0)
+    if not len(self.positions):
+      return other.astype(np.int32)
+    warm = (ranks >= self.hot) & (ranks < stop)
+    return np.where(warm, self.positions[at], other).astype(np.int32)
+
+  def ranks_of(self, first: int, stop: int) -> np.ndarray:
+    """Of positions [first, stop): [stop - first] int64; NO_ROW if none."""
+    at = np.arange(first, stop)
+    end = self.hot + len(self.ranks)
+    warm = (at >= self.hot) & (at < end)
+    ranks = at - np.where(at >= end, self.spare, 0)
+    ranks[warm] = self.ranks[at[warm] - self.hot]
+    return ranks
+
+
+def of(plan: Plan, profile: Profile) -> Layout | None:
+  """The layout of a plan's rows; None where positions are ranks.
+
+  A function of the plan and of which table each rank belongs to.
+  """
+  if not plan.pooled:
+    return None
+  n, rows = plan.devices, plan.warm - plan.spare
+  owner_of = np.full(len(profile.tables), -1, np.int64)
+  for name, owner in plan.pooled:
+    owner_of[profile.tables.index(name)] = owner
+  table = profile.table[plan.hot : plan.hot + rows]
+  of_tables = owner_of[owner_of >= 0], owner_of >= 0
+  room = owners.room(plan.warm, n)
+  count = np.bincount(of_tables[0], _counts(table, len(owner_of))[of_tables[1]],
+                      n).astype(np.int64)  # fmt: skip
+  starts, members = owners.turns(room - np.minimum(count, room))
+
+  positions = np.empty(rows, np.int32)
+  held = np.zeros(n, np.int64)  # positions of each owner that are taken
+  pooled = np.zeros(n, np.int64)  # of them by rows of its own tables
+  free = 0  # rows that took turns
+  for first in range(0, rows, _SLICE):
+    owner = owner_of[table[first : first + _SLICE]]
+    # Its tables' rows beyond an owner's room take turns like the others.
+    at = pooled[owner] + _running(owner, n)
+    owner[(owner >= 0) & (at >= room[owner])] = -1
+    pooled += np.bincount(owner[owner >= 0], minlength=n)
+    turn = np.flatnonzero(owner < 0)
+    owner[turn] = owners.take_turns(starts, members, free, len(turn))
+    free += len(turn)
+    slot = held[owner] + _running(owner, n)
+    held += np.bincount(owner, minlength=n)
+    positions[first : first + _SLICE] = plan.hot + slot * n + owner
+  ranks = np.full(plan.warm, NO_ROW, np.int32)
+  ranks[positions - plan.hot] = np.arange(plan.hot, plan.hot + rows)
+  return Layout(plan.hot, plan.spare, positions, ranks)
+
+
+def _counts(x: np.ndarray, size: int) -> np.ndarray:  # [m] -> [size] int64
+  return sum(
+    (
+      np.bincount(x[at : at + _SLICE], minlength=size)
+      for at in range(0, len(x), _SLICE)
+    ),
+    np.zeros(size, np.int64),
+  )
+
+
+def _running(owner: np.ndarray, n: int) -> np.ndarray:  # [m] in [-1, n)
+  """How many of the same came before, of each."""
+  order = np.argsort(owner.astype(np.int16), kind="stable")
+  counts = np.bincount(owner + 1, minlength=n + 1)
+  starts = np.cumsum(counts) - counts
+  running = np.empty(len(owner), np.int64)
+  running[order] = np.arange(len(owner)) - np.repeat(starts, counts)
+  return running

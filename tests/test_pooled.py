@@ -1,0 +1,135 @@
+"""Bags pooled at their owners give what one dense table gives."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import test_train_step as dense
+
+from recjax import layout, tables, train_step
+from recjax.frequency import Profile
+from recjax.mesh import batch_sharding
+from recjax.planner import Plan
+from recjax.specs import Feature
+
+ROWS, DIM, BATCH = dense.ROWS, dense.DIM, dense.BATCH
+FEATURES = {
+  "bags": (
+    Feature("one", "a"),
+    Feature("sum", "b", hotness=5),
+    Feature("mean", "c", hotness=3, pooling="mean"),
+    Feature("again", "b", hotness=2, pooling="mean"),
+    Feature("list", "d", hotness=2, pooling="none"),
+    Feature("alone", "e"),
+  ),
+}
+# tables and their owners, for 8 devices; fewer take them modulo
+POOLED = {
+  "one": (("b", 3),),
+  "one_owner": (("b", 1), ("c", 1)),
+  "uneven": (("b", 0), ("c", 5), ("e", 5)),
+}
+
+
+def make_plan(devices, tiers, capacity, pooled, spare=0, **changes) -> Plan:
+  plan = dense.make_plan(devices, tiers, capacity, **changes)
+  pooled = tuple((name, owner % devices) for name, owner in POOLED[pooled])
+  return dataclasses.replace(
+    plan,
+    pooled=pooled,
+    spare=spare,
+    rows=plan.rows + spare,
+    warm_end=plan.warm_end + spare,
+  )
+
+
+def profile_of(features) -> Profile:
+  """Ranks belong to the tables in turn, as those of `dense.batches` do."""
+  names = tuple(dict.fromkeys(f.table for f in features))
+  table = np.arange(ROWS, dtype=np.int16) % len(names)
+  return Profile(1, names, np.ones(ROWS, np.int64), table)
+
+
+def build(features, plan, optimizer, **kw):
+  model, mesh, state = dense.build(features, plan, optimizer, **kw)
+  where = layout.of(plan, profile_of(features))
+  rows = tables.init(
+    plan, model.sparse_optimizer, mesh, 0.5, 3, warm_ranks=where.ranks
+  )
+  return model, mesh, state._replace(tables=rows), where
+
+
+def in_rank_order(t, plan, where):
+  """Rows and slots as numpy; nothing is in the positions without a row."""
+  every = dense.rank_order(t, plan)
+  ranks = where.ranks_of(0, plan.rows)
+  for x in jax.tree.leaves(every):
+    assert not np.any(x[ranks < 0].astype(np.float32))
+  at = where.positions_of(np.arange(ROWS, dtype=np.int32))
+  return jax.tree.map(lambda x: x[at], every)
+
+
+def train(features, plan, optimizer, options=None, **kw):
+  """(rows before, rows and slots after, parameters, rounds of each step)."""
+  model, mesh, state, where = build(features, plan, optimizer, **kw)
+  first = in_rank_order(state.tables, plan, where).rows
+  step = train_step.make_train_step(model, mesh)
+  compiled, rounds = None, []
+  for batch in dense.batches(features):
+    batch["ids"] = where.positions_of(batch["ids"])
+    batch = jax.device_put(batch, batch_sharding(mesh))
+    if compiled is None:
+      compiled = step.lower(state, batch).compile(options)
+    state, metrics = compiled(state, batch)
+    rounds.append(int(metrics["rounds"]))
+  return first, in_rank_order(state.tables, plan, where), state.params, rounds
+
+
+@functools.cache
+def wanted(kind, optimizer):
+  """The reference's rows, slots and parameters, and the rows it began with."""
+  features = FEATURES[kind]
+  plan = dense.make_plan(1, "warm", 0)
+  _, _, state = dense.build(features, plan, optimizer)
+  first = dense.rank_order(state.tables, plan).rows
+  params = dense.init_params(features)
+  adagrad = optax.adagrad(dense.LEARNING_RATE)
+  end = dense.reference(features, optimizer, first, params, adagrad)
+  assert np.abs(np.asarray(end[0]) - first).max() > 0.1
+  return first, jax.device_get(end)
+
+
+CASES = [
+  *itertools.product(
+    (1, 2, 8), ("warm", "mixed"), ("planned",), POOLED, ("adagrad",), (0,)
+  ),
+  *itertools.product(
+    (8,),
+    ("mixed",),
+    ("one_row",),
+    ("uneven",),
+    dense.OPTIMIZERS,
+    (0, 14),
+  ),
+]
+
+
+@pytest.mark.parametrize(
+  ("devices", "tiers", "capacity", "pooled", "optimizer", "spare"), CASES
+)
+def test_equals_one_dense_table(
+  devices, tiers, capacity, pooled, optimizer, spare
+):
+  capacity = 1 if capacity == "one_row" else 0
+  plan = make_plan(devices, tiers, capacity, pooled, spare)
+  features = FEATURES["bags"]
+  first, got, params, rounds = train(features, plan, optimizer, dense.FAST)
+  want_first, (rows, slots, want_params) = wanted("bags", optimizer)
+  np.testing.assert_array_equal(first, want_first)
+  dense.assert_close((got.rows, got.slots, params), (rows, slots, want_params))
+  assert (max(rounds) > 1) == (capacity == 1)
