@@ -8,6 +8,7 @@ at their ranks; cold rows follow the warm tier. All owners hold equally many
 positions, of which `Plan.spare` hold no row.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +49,7 @@ class Layout(NamedTuple):
     return ranks
 
 
+@functools.lru_cache(maxsize=2)  # a run's, and that of what it restores
 def of(plan: Plan, profile: Profile) -> Layout | None:
   """The layout of a plan's rows; None where positions are ranks.
 
@@ -85,6 +87,12 @@ def of(plan: Plan, profile: Profile) -> Layout | None:
   ranks = np.full(plan.warm, NO_ROW, np.int32)
   ranks[positions - plan.hot] = np.arange(plan.hot, plan.hot + rows)
   return Layout(plan.hot, plan.spare, positions, ranks)
+
+
+def positions_of(plan: Plan, profile: Profile):
+  """What maps a batch's ids, ranks, to positions; None: nothing to do."""
+  where = of(plan, profile)
+  return where and where.positions_of
 
 
 def _counts(x: np.ndarray, size: int) -> np.ndarray:  # [m] -> [size] int64

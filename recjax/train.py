@@ -16,6 +16,7 @@ from recjax import (
   distributed,
   evaluate,
   frequency,
+  layout,
   metrics,
   models,
   planning,
@@ -134,8 +135,14 @@ def _build(config, prepared, plan_, mesh, steps) -> tuple[Model, TrainState]:
   )
   dense = (params, model.dense_optimizer.init(params), np.int32(0))
   params, opt_state, step = jax.device_put(dense, mesh_lib.replicated(mesh))
+  where = layout.of(plan_, prepared.profile)
   rows = tables.init(
-    plan_, model.sparse_optimizer, mesh, e.init_scale, config.seed
+    plan_,
+    model.sparse_optimizer,
+    mesh,
+    e.init_scale,
+    config.seed,
+    where and where.ranks,
   )
   return model, TrainState(step, params, opt_state, rows)
 
@@ -164,7 +171,9 @@ def _restore(config, prepared, directory, step, state, model, mesh, report):
   meta = checkpoint.read_meta(directory, step)
   checkpoint.check_identity(directory, step, meta, _identity(config, prepared))
   report(f"restoring step {step} of {directory}")
-  state = checkpoint.restore(directory, step, meta, state, model, mesh)
+  state = checkpoint.restore(
+    directory, step, meta, state, model, mesh, prepared.profile
+  )
   return state, meta
 
 
@@ -179,6 +188,7 @@ def _evaluate(config, prepared, model, state, mesh, report) -> dict:
     local,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    positions_of=layout.positions_of(model.plan, prepared.profile),
   )
   forward = train_step.make_forward(model, mesh)
   return evaluate.run(
@@ -253,6 +263,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     shuffle_blocks=config.data.shuffle_blocks,
     process_index=jax.process_index(),
     process_count=processes,
+    positions_of=layout.positions_of(plan_, prepared.profile),
   )
   directory.mkdir(parents=True, exist_ok=True)  # on all, or none looks
   first = checkpoint.newest(directory) or 0
