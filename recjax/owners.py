@@ -2,11 +2,27 @@
 
 A pooled table has one owner: the others send it their bags' ids and get one
 vector a bag back (recjax/pooled.py), which wins for long bags that seldom
-share rows. The owner's shard has room for a part of the warm tier only; rows
-of the table that it cannot hold travel one by one, as all others do.
+share rows. Its warm rows lie with the owner, hottest first, as many as there
+is room for; those beyond travel one by one, as the rows of other tables do.
+Those take turns among the owners that have room, in rank order.
 """
 
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
 import numpy as np
+
+from recjax import cost, cuts
+from recjax.cuts import Problem
+from recjax.step_cost import Load, Pooled
+
+_CUTS = 48  # hot cuts that are tried with pooled tables
+_PAIRS = 8  # tables of which pairs are tried, too
+
+
+# ---- Who owns which position
 
 
 def room(warm: int, devices: int) -> np.ndarray:  # [n] int64
@@ -36,6 +52,260 @@ def take_turns(starts, members, first: int, count: int) -> np.ndarray:
   for j, of in enumerate(members):
     a, b = max(int(starts[j]), first), min(int(starts[j + 1]), first + count)
     if a < b:
-      owner[a - first : b - first] = of[np.arange(a - starts[j],
-                                                  b - starts[j]) % len(of)]  # fmt: skip
+      turn = np.arange(a - starts[j], b - starts[j])
+      owner[a - first : b - first] = of[turn % len(of)]
   return owner
+
+
+def layers(counts: Iterable[int]) -> list[tuple[int, int, tuple[int, ...]]]:
+  """(start, stop, owners that have columns [start, stop)), by rising start."""
+  counts = tuple(counts)
+  return [
+    (a, z, tuple(o for o, c in enumerate(counts) if c >= z))
+    for a, z in itertools.pairwise(sorted({0, *counts}))
+  ]
+
+
+def _calls(counts) -> int:
+  """Collectives, one after the other, in which the columns travel."""
+  n = len(counts)
+  return sum(1 if len(o) == n else n - 1 for *_, o in layers(counts))
+
+
+# ---- What pooling tables costs
+
+
+class Choice(NamedTuple):
+  """Pooled tables of a plan, and what they ask of it."""
+
+  owner: dict[int, int]  # of each pooled table, by its index
+  spare: int  # warm positions without a row
+  load: Load
+  distinct: float  # warm rows that a device asks for one by one
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pooling:
+  """The cut points at which tables are chosen."""
+
+  problem: Problem
+  hot: int
+  warm_end: int
+  sync: str
+  most: int  # warm positions that a device has memory for
+
+  def __post_init__(self):
+    of_tables = self.problem.spectrum.of_tables(self.hot, self.warm_end)
+    object.__setattr__(self, "rows", of_tables)  # [T, K]
+    object.__setattr__(self, "sizes", of_tables.sum(axis=1))
+    batch = self.problem.work.batch_size
+    touched = self.problem.spectrum.touched(batch)
+    object.__setattr__(self, "touched", touched)  # [K], by all devices
+
+  def owners(self, tables: Iterable[int]) -> tuple[dict[int, int], int]:
+    """(Owner of each table, spare positions): the longest bags first.
+
+    To the owner of the fewest columns that has room for all rows of the
+    table; where there is none to the one with most room.
+    """
+    n, of = self.problem.work.devices, self.problem.spectrum.tables
+    loads, held, owner = np.zeros(n), np.zeros(n), {}
+    for t in sorted(tables, key=lambda t: (-of[t].hotness, -self.sizes[t])):
+      left = self.most - held - self.sizes[t]
+      fits = left >= 0
+      o = int(np.lexsort((held, loads if fits.any() else -left, ~fits))[0])
+      owner[t] = o
+      loads[o] += of[t].hotness
+      held[o] += self.sizes[t]
+    warm = self.warm_end - self.hot
+    need = int(np.ceil(min(held.max(), self.most)))
+    return owner, max(need * n - warm, 0)
+
+  def choice(self, tables: Iterable[int]) -> Choice:
+    """What pooling these tables asks of a step."""
+    problem, work, s = self.problem, self.problem.work, self.problem.spectrum
+    n, warm = work.devices, self.warm_end - self.hot
+    owner, spare = self.owners(tables)
+    if not owner:
+      load = problem.load_of_cuts(self.hot, self.warm_end, self.sync)
+      distinct = float(problem.distinct(self.hot, self.warm_end))
+      return Choice(owner, 0, load, distinct)
+
+    # ---- Who has which rows
+    rooms = room(warm + spare, n)
+    free, kept = self.rows.sum(axis=0), np.zeros(n)
+    whole, updated = np.ones(len(s.tables), bool), 0.0
+    for o in set(owner.values()):
+      mine = [t for t in owner if owner[t] == o]
+      rows = self.rows[mine].sum(axis=0)
+      most = np.minimum(np.cumsum(rows), rooms[o])
+      held = np.diff(most, prepend=0.0)
+      kept[o] = most[-1]
+      free = free - held
+      updated = max(updated, float(held @ self.touched))
+      whole[mine] = rows.sum() <= rooms[o]
+    whole &= [t in owner for t in range(len(whole))]
+
+    # ---- What travels row by row
+    columns = work.lookups - sum(
+      t.hotness for t, gone in zip(s.tables, whole, strict=True) if gone
+    )
+    mean, rows = float(free @ problem.pi), float(free.sum())
+    buffer = self._buffer(free, rooms - kept, max(columns, 1) * work.local)
+    tiers = problem.load_of_cuts(self.hot, self.warm_end, self.sync)
+    loads, vectors = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    for t, o in owner.items():
+      loads[o] += s.tables[t].hotness
+      vectors[o] += s.tables[t].bags
+    pooled = Pooled(
+      ids=float(work.local * loads.sum()),
+      vectors=float(work.local * vectors.sum()),
+      owner_ids=float(work.batch_size * loads.max()),
+      owner_vectors=float(work.batch_size * vectors.max()),
+      distinct=updated,
+      calls=(_calls(loads.tolist()), _calls(vectors.tolist())),
+    )
+    warm_buffer = buffer if rows > 0.5 else float(n * (warm > 0))
+    load = dataclasses.replace(tiers, warm=warm_buffer, pooled=pooled)
+    return Choice(owner, spare, load, mean)
+
+  def _buffer(self, free, left, lookups) -> float:
+    """Rows n C of the warm exchange buffer, as Problem.buffers.
+
+    The owner with most room takes part in all turns: its rows bound those of
+    every other. Of each turn it has its part and, as cost.buffer_rows has it,
+    at most a row more of the mean and twice the largest of the variance.
+
+    Args:
+      free: [K] rows that take turns; left: [n] room for them.
+      lookups: of a device that may ask for them.
+    """
+    problem = self.problem
+    pi, n = problem.pi, problem.work.devices
+    each = problem.overflow_probability
+    if each is None:
+      return float(max(free @ pi, 1e-9))
+    starts, members = turns(np.round(left).astype(np.int64))
+    parts = np.array([len(m) for m in members])
+    if not len(parts):
+      return float(n)
+    ends = np.concatenate([[0.0], np.cumsum(free)])
+    below = lambda values: np.interp(
+      starts, ends, np.concatenate([[0.0], np.cumsum(free * values)])
+    )
+    spread = pi * (1 - pi)
+    k = np.searchsorted(ends, starts[:-1], side="right") - 1
+    top = np.append(pi, 0.0)[k]
+    largest = np.where(top > 0.5, 0.25, top * (1 - top))
+    mean = np.sum(np.diff(below(pi)) / parts + np.where(parts > 1, top, 0))
+    variance = np.diff(below(spread)) / parts
+    variance = np.sum(variance + np.where(parts > 1, 2 * largest, 0))
+    c = cost.capacity(float(mean), each / (2 * n * n), float(variance))
+    return float(n * max(min(c, int(np.ceil(left.max())), lookups), 1))
+
+
+# ---- The choice
+
+
+def candidates(problem: Problem) -> list[int]:
+  """Tables that may be worth pooling: one lookup a sample never is."""
+  return [
+    i for i, t in enumerate(problem.spectrum.tables) if t.hotness > t.bags > 0
+  ]
+
+
+def choose(pooling: Pooling) -> Choice:
+  """The tables of least cost: toggled one by one, and two by two if few.
+
+  From no table, all tables, and those that are worth it on their own.
+  """
+  able = [t for t in candidates(pooling.problem) if pooling.sizes[t] > 0]
+  known: dict[frozenset[int], float] = {}
+
+  def price(tables: frozenset[int]) -> float:
+    if tables not in known:
+      load = pooling.choice(tables).load
+      known[tables] = float(pooling.problem.evaluate(load))
+    return known[tables]
+
+  none = frozenset[int]()
+  alone = frozenset(t for t in able if price(frozenset([t])) < price(none))
+  best = min(
+    (_improve(start, able, price) for start in (none, alone, frozenset(able))),
+    key=price,
+  )
+  return pooling.choice(best)
+
+
+def _improve(
+  now: frozenset[int],
+  able: list[int],
+  price: Callable[[frozenset[int]], float],
+) -> frozenset[int]:
+  moves = [frozenset([t]) for t in able]
+  if len(able) <= _PAIRS:
+    moves += [frozenset(p) for p in itertools.combinations(able, 2)]
+  while moves:
+    best = min((now ^ move for move in moves), key=price)
+    if price(best) >= price(now):
+      break
+    now = best
+  return now
+
+
+def best(
+  problem: Problem,
+  found: tuple[int, int, str],
+  fit: int,
+  host_rows: int,
+  fixed: bool,
+  tables: tuple[int, ...] | None = None,
+) -> tuple[int, int, str, Choice | None]:
+  """Cut points and pooled tables of least cost.
+
+  Args:
+    problem: what is minimised.
+    found: cut points and sync that are best without pooled tables.
+    fit, host_rows: rows that a device, and all hosts, can hold.
+    fixed: the cut points are given.
+    tables: that are pooled; None = those of least cost.
+
+  Returns:
+    (hot, warm_end, sync, choice); the choice is None where none is pooled.
+  """
+  s, n = problem.spectrum, problem.work.devices
+  wanted = candidates(problem) if tables is None else tables
+  if n == 1 or not wanted or found[0] == found[1] or s.of_table is None:
+    return *found, None
+
+  def at(hot, warm_end):
+    warm = warm_end - hot
+    most = -(-warm // n)
+    if warm_end == s.rows:  # what no row needs is there to be used
+      most = max(most, int(cuts.most_warm(1 << 62, hot, fit, n)) // n)
+    return Pooling(problem, hot, warm_end, found[2], most)
+
+  def choice_at(hot, warm_end) -> Choice:
+    pooling = at(hot, warm_end)
+    return choose(pooling) if tables is None else pooling.choice(tables)
+
+  price = lambda choice: float(problem.evaluate(choice.load))
+  hot, warm_end, sync = found
+  chosen = choice_at(hot, warm_end)
+  if not fixed:  # rows that are pooled need no replica
+    pick = np.linspace(0, len(s.ends) - 1, _CUTS).astype(int)
+    hots = np.unique(np.append(s.ends[pick], 0))
+    hots = hots[hots < min(fit, s.rows)]
+    ends = hots + cuts.most_warm(s.rows, hots, fit, n)
+    cold = cuts.slots_of(s.rows - ends, n) * n
+    for h, end in zip(hots[cold <= host_rows], ends[cold <= host_rows],
+                      strict=True):  # fmt: skip
+      if h < end:
+        tried = at(int(h), int(end)).choice(chosen.owner)
+        if price(tried) < price(chosen):
+          hot, warm_end, chosen = int(h), int(end), tried
+    again = choice_at(hot, warm_end)
+    if price(again) < price(chosen):
+      chosen = again
+  return hot, warm_end, sync, chosen if chosen.owner else None
+

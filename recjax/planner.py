@@ -6,7 +6,7 @@ import inspect
 import json
 import math
 
-from recjax import cost, cuts, presets, spectrum, step_cost
+from recjax import cost, cuts, owners, presets, spectrum, step_cost
 from recjax.cuts import Problem
 from recjax.errors import UserError
 from recjax.frequency import Profile
@@ -174,6 +174,7 @@ def solve(
   warm_rows: int = -1,
   capacity: int = 0,
   syncs: tuple[str, ...] = cuts.HOT_SYNCS,
+  pooled: tuple[str, ...] | None = None,
 ) -> Plan:
   """Chooses the cut points and the capacities.
 
@@ -185,6 +186,7 @@ def solve(
     hot_rows, warm_rows: the cuts, where >= 0.
     capacity: of every buffer, where > 0.
     syncs: ways for hot gradients to meet, to choose from.
+    pooled: tables that owners pool, of several devices; None = as it is best.
 
   Raises:
     UserError: the rows do not fit.
@@ -225,19 +227,27 @@ def solve(
   host_rows = hosts * host_bytes // row_bytes
   chosen = cuts.best_cuts(problem, fit, host_rows, hot_rows, warm_rows, syncs)
   assert chosen is not None  # hot and warm from above fit
-  hot, warm_end, sync = chosen
-  return _finish(problem, hot, warm_end, sync, capacity)
+  names = [t.name for t in problem.spectrum.tables]
+  best = owners.best(
+    problem,
+    chosen,
+    fit,
+    host_rows,
+    fixed=hot_rows >= 0 or warm_rows >= 0,
+    tables=None if pooled is None else tuple(map(names.index, pooled)),
+  )
+  return _finish(problem, *best, capacity)
 
 
-def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
+def _finish(problem, hot, warm_end, sync, choice, capacity) -> Plan:
   """The plan of chosen cuts: capacities and reports."""
   s, work = problem.spectrum, problem.work
   n, rows = work.devices, s.rows
-  uses = s.below(s.uses)
+  uses, spare = s.below(s.uses), choice.spare if choice else 0
   ranges = ((0, hot), (hot, warm_end), (warm_end, rows))
   slots = {
     "hot": hot,
-    "warm": cuts.slots_of(warm_end - hot, n),
+    "warm": cuts.slots_of(warm_end - hot + spare, n),
     "cold": cuts.slots_of(rows - warm_end, n) * n,
   }
   reports, capacities = [], []
@@ -246,6 +256,8 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
     if name != "hot":
       size = stop - start
       c = int(problem.buffers(start, stop)) // n
+      if choice and name == "warm":
+        c = int(choice.load.warm) // n
       if capacity and size:
         c = min(capacity, -(-size // n), work.ids)
       capacities.append(c)
@@ -254,21 +266,24 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
         rows=stop - start,
         bytes=slots[name] * work.stored,
         share=float(uses.between(start, stop)) / max(float(uses(rows)), 1e-30),
-        distinct=float(problem.distinct(start, stop)),
+        distinct=choice.distinct
+        if choice and name == "warm"
+        else float(problem.distinct(start, stop)),
         buffer_bytes=n * c * 2 * (cost.ID_BYTES + 4 * work.dim),
       )
     )
   warm, cold = (n * c for c in capacities)
   gathered = problem.gathered(hot, sync)
-  load = Load(hot, warm, cold, gathered)
+  pooling = choice.load.pooled if choice else None
+  load = Load(hot, warm, cold, gathered, pooling)
   return Plan(
     devices=n,
     batch_size=work.batch_size,
-    rows=rows,
+    rows=rows + spare,
     dim=work.dim,
     dtype="float32" if work.row_bytes == 4 * work.dim else "bfloat16",
     hot=hot,
-    warm_end=warm_end,
+    warm_end=warm_end + spare,
     capacity_warm=capacities[0],
     capacity_cold=capacities[1],
     reports=tuple(reports),
@@ -278,8 +293,12 @@ def _finish(problem, hot, warm_end, sync, capacity) -> Plan:
     seconds=_terms(step_cost.step_seconds(work, problem.topology, load)),
     sent=_terms(step_cost.sent_bytes(work, load)),
     memory=_terms(
-      step_cost.device_bytes(work, hot, slots["warm"], warm + cold)
+      step_cost.device_bytes(work, hot, slots["warm"], warm + cold, pooling)
     ),
+    pooled=tuple((s.tables[t].name, o) for t, o in choice.owner.items())
+    if choice
+    else (),
+    spare=spare,
   )
 
 
@@ -323,7 +342,7 @@ def _mb(size: int) -> int:
 def describe(plan: Plan) -> str:
   """The plan as a table to print."""
   lines = [
-    f"plan: {plan.rows:,} rows x {plan.dim} {plan.dtype} on {plan.devices} "
+    f"plan: {plan.rows - plan.spare:,} rows x {plan.dim} {plan.dtype} on {plan.devices} "
     f"device(s), global batch {plan.batch_size:,}",
     f"{'tier':5} {'rows':>13} {'memory':>18} {'accesses':>9} "
     f"{'distinct/step':>14} {'buffer rows':>12} {'buffers':>10}",
@@ -339,6 +358,9 @@ def describe(plan: Plan) -> str:
       f"{name:5} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
       f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
     )
+  if plan.pooled:
+    of = [f"{name} on {owner}" for name, owner in plan.pooled]
+    lines.append(f"pooled at their owners: {', '.join(of)}")
   if plan.seconds:
     total = plan.step_seconds
     lines.append(

@@ -9,7 +9,6 @@ that have them. On a device, arrays are padded to the busiest owner.
 """
 
 import functools
-import itertools
 from typing import NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from recjax import exchange
+from recjax import exchange, owners
 from recjax.exchange import NONE
 from recjax.mesh import AXIS
 from recjax.planner import Plan
@@ -73,7 +72,7 @@ def bags_of(features: tuple[Feature, ...], plan: Plan) -> Bags:
   pad = lambda lists, value: np.array(
     [x + [value] * (widest - len(x)) for x in lists], np.int32
   )
-  owners, at, activations, spans, mean = zip(*found, strict=True)
+  owner_of_bag, at, activations, spans, mean = zip(*found, strict=True)
   index = lambda x: np.array(x, np.int32)
   return Bags(
     owner,
@@ -81,7 +80,7 @@ def bags_of(features: tuple[Feature, ...], plan: Plan) -> Bags:
     pad(into, 0),
     tuple(map(len, columns)),
     tuple(vectors),
-    index(owners),
+    index(owner_of_bag),
     index(at),
     index(activations),
     spans,
@@ -91,15 +90,6 @@ def bags_of(features: tuple[Feature, ...], plan: Plan) -> Bags:
 
 def _me():
   return lax.axis_index(AXIS).astype(jnp.int32)
-
-
-def layers(counts: tuple[int, ...]) -> list[tuple[int, int, tuple[int, ...]]]:
-  """(start, stop, owners that have columns [start, stop)), by rising start."""
-  levels = sorted({0, *counts})
-  return [
-    (a, z, tuple(o for o, c in enumerate(counts) if c >= z))
-    for a, z in itertools.pairwise(levels)
-  ]
 
 
 def _travel(x, counts: tuple[int, ...], plan: Plan, *, back: bool):
@@ -116,15 +106,15 @@ def _travel(x, counts: tuple[int, ...], plan: Plan, *, back: bool):
     bits = _travel(bits, counts, plan, back=back)
     return lax.bitcast_convert_type(bits, x.dtype)
   me, out = _me(), []
-  for start, stop, owners in layers(counts):
+  for start, stop, members in owners.layers(counts):
     part = x[:, start:stop]
-    if len(owners) == n:
+    if len(members) == n:
       out.append(exchange.all_to_all(part, plan))
       continue
     got = jnp.zeros_like(part).at[me].set(part[me])
     for shift in range(1, n):
       pairs = [(i, (i + shift) % n) for i in range(n)]
-      pairs = [p for p in pairs if p[0 if back else 1] in owners]
+      pairs = [p for p in pairs if p[0 if back else 1] in members]
       there = lax.ppermute(part[(me + shift) % n], AXIS, pairs)
       got = got.at[(me - shift) % n].set(there)
     out.append(got)
