@@ -95,8 +95,8 @@ def dataset(
     process_count: P.
     threads: that read ahead.
     prefetch: batches read ahead.
-    positions_of: what `ids` then hold for the ranks, see layout.py; None = the
-      ranks.
+    positions_of: what `ids` then hold for the ranks, see positions.py; None =
+      the ranks.
 
   Raises:
     UserError: too few samples for one batch on each process.

@@ -20,7 +20,7 @@ import tensorstore as ts
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from recjax import layout
+from recjax import positions
 from recjax import tables as tables_lib
 from recjax.errors import UserError
 from recjax.frequency import Profile
@@ -364,7 +364,7 @@ def restore(
     stored = _Stored(folder / "tables", stored_plan, names)
 
     now, then = (
-      layout.of(p, profile) if profile and p.pooled else None
+      positions.of(p, profile) if profile and p.pooled else None
       for p in (model.plan, stored_plan)
     )
 

@@ -91,6 +91,7 @@ class Plan:
   overflow_probability: float = 1e-6  # a step, all buffers together
   capacity: int = 0  # rows a peer and round of every buffer; 0 = planned
   hot_sync: str = _choice("", "dense", "sparse")  # of gradients; "" = planned
+  pooled: str = ""  # tables or features, a,b: pooled at owners; or "none"
   topology: str = ""  # a preset's name or a JSON file; "" = this machine
   objective: str = _choice("time", "bytes")  # what is least
   exponent: float = 1.15  # of every table, where data.rows is planned with

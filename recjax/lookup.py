@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from recjax import exchange, pooled as pooled_lib
+from recjax import exchange
+from recjax import pooled as pooled_lib
 from recjax.exchange import NONE, Round, Route
 from recjax.mesh import AXIS
 from recjax.planner import Plan

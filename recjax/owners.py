@@ -8,6 +8,7 @@ Those take turns among the owners that have room, in rank order.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -94,13 +95,20 @@ class Pooling:
   sync: str
   most: int  # warm positions that a device has memory for
 
-  def __post_init__(self):
-    of_tables = self.problem.spectrum.of_tables(self.hot, self.warm_end)
-    object.__setattr__(self, "rows", of_tables)  # [T, K]
-    object.__setattr__(self, "sizes", of_tables.sum(axis=1))
-    batch = self.problem.work.batch_size
-    touched = self.problem.spectrum.touched(batch)
-    object.__setattr__(self, "touched", touched)  # [K], by all devices
+  @functools.cached_property
+  def rows(self) -> np.ndarray:
+    """[T, K] float64: warm rows of each table and bucket."""
+    return self.problem.spectrum.of_tables(self.hot, self.warm_end)
+
+  @functools.cached_property
+  def sizes(self) -> np.ndarray:
+    """[T] float64: warm rows of each table."""
+    return self.rows.sum(axis=1)
+
+  @functools.cached_property
+  def touched(self) -> np.ndarray:
+    """[K]: P(the global batch touches a row of the bucket)."""
+    return self.problem.spectrum.touched(self.problem.work.batch_size)
 
   def owners(self, tables: Iterable[int]) -> tuple[dict[int, int], int]:
     """(Owner of each table, spare positions): the longest bags first.
@@ -308,4 +316,3 @@ def best(
     if price(again) < price(chosen):
       chosen = again
   return hot, warm_end, sync, chosen if chosen.owner else None
-

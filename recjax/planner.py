@@ -55,7 +55,7 @@ class Plan:
   sent: Terms = ()  # bytes that a device sends in a step, by kind
   memory: Terms = ()  # bytes of a device, by kind
   pooled: tuple[tuple[str, int], ...] = ()  # tables and their owners
-  spare: int = 0  # warm positions without a row; see layout.py
+  spare: int = 0  # warm positions without a row; see positions.py
 
   @property
   def warm(self) -> int:
@@ -342,8 +342,8 @@ def _mb(size: int) -> int:
 def describe(plan: Plan) -> str:
   """The plan as a table to print."""
   lines = [
-    f"plan: {plan.rows - plan.spare:,} rows x {plan.dim} {plan.dtype} on {plan.devices} "
-    f"device(s), global batch {plan.batch_size:,}",
+    f"plan: {plan.rows - plan.spare:,} rows x {plan.dim} {plan.dtype} on "
+    f"{plan.devices} device(s), global batch {plan.batch_size:,}",
     f"{'tier':5} {'rows':>13} {'memory':>18} {'accesses':>9} "
     f"{'distinct/step':>14} {'buffer rows':>12} {'buffers':>10}",
   ]

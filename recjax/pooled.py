@@ -141,9 +141,7 @@ def read(
   """
   bags, n, b = bags_of(features, plan), plan.devices, ids.shape[0]
   size = tier.rows.shape[0]
-  slots = jnp.where(
-    lookups(ids, features, plan), (ids - plan.hot) // n, size
-  )
+  slots = jnp.where(lookups(ids, features, plan), (ids - plan.hot) // n, size)
   slots = jnp.concatenate([slots, jnp.full((b, 1), size, jnp.int32)], axis=1)
   slots = slots.T[bags.column]  # [n, W, b]
   slots = _travel(slots, bags.columns, plan, back=False)

@@ -231,7 +231,7 @@ def _integral(a, b, s):
 
 
 def _merge(count, p, uses):
-  """Neighbours whose p is within EPS become one bucket; and where each starts."""
+  """Neighbours whose p is within EPS become one bucket; where each starts."""
   key = np.floor(np.log(np.maximum(p, 1e-300)) / math.log1p(EPS))
   starts = np.flatnonzero(np.concatenate([[True], np.diff(key) != 0]))
   rows = np.add.reduceat(count, starts)

@@ -16,10 +16,10 @@ from recjax import (
   distributed,
   evaluate,
   frequency,
-  layout,
   metrics,
   models,
   planning,
+  positions,
   sparse_optim,
   tables,
   train_step,
@@ -135,14 +135,9 @@ def _build(config, prepared, plan_, mesh, steps) -> tuple[Model, TrainState]:
   )
   dense = (params, model.dense_optimizer.init(params), np.int32(0))
   params, opt_state, step = jax.device_put(dense, mesh_lib.replicated(mesh))
-  where = layout.of(plan_, prepared.profile)
+  ranks = positions.warm_ranks(plan_, prepared.profile)
   rows = tables.init(
-    plan_,
-    model.sparse_optimizer,
-    mesh,
-    e.init_scale,
-    config.seed,
-    where and where.ranks,
+    plan_, model.sparse_optimizer, mesh, e.init_scale, config.seed, ranks
   )
   return model, TrainState(step, params, opt_state, rows)
 
@@ -188,7 +183,7 @@ def _evaluate(config, prepared, model, state, mesh, report) -> dict:
     local,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-    positions_of=layout.positions_of(model.plan, prepared.profile),
+    positions_of=positions.from_ranks(model.plan, prepared.profile),
   )
   forward = train_step.make_forward(model, mesh)
   return evaluate.run(
@@ -263,7 +258,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     shuffle_blocks=config.data.shuffle_blocks,
     process_index=jax.process_index(),
     process_count=processes,
-    positions_of=layout.positions_of(plan_, prepared.profile),
+    positions_of=positions.from_ranks(plan_, prepared.profile),
   )
   directory.mkdir(parents=True, exist_ok=True)  # on all, or none looks
   first = checkpoint.newest(directory) or 0

@@ -15,7 +15,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from recjax import checkpoint, layout, sparse_optim, tables, train_step
+from recjax import checkpoint, positions, sparse_optim, tables, train_step
 from recjax.checkpoint import Identity
 from recjax.errors import UserError
 from recjax.frequency import Profile
@@ -32,8 +32,8 @@ IDENTITY = Identity(
   ROWS,
 )
 # Ties are sorted by table, so ranks of a table come in runs.
-TABLE = np.repeat(np.arange(4) % 2, [9_000, 11_000, 25_003, 5_000])
-PROFILE = Profile(1, ("t", "u"), np.ones(ROWS, np.int64), TABLE.astype(np.int16))
+TABLE = np.repeat(np.int16([0, 1, 0, 1]), [9_000, 11_000, 25_003, 5_000])
+PROFILE = Profile(1, ("t", "u"), np.ones(ROWS, np.int64), TABLE)
 # devices, hot, warm_end
 PLANS = {
   "mixed": (8, 1_001, 20_000),
@@ -281,7 +281,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import pathlib
 import numpy as np, optax
-from recjax import checkpoint, layout, sparse_optim, tables, train_step
+from recjax import checkpoint, sparse_optim, tables, train_step
 from recjax.mesh import make_mesh, replicated
 from recjax.planner import Plan
 
@@ -493,7 +493,7 @@ def test_checkpoint_of_another_vocabulary(saved):
 def pooled_state(plan, seed):
   mesh = make_mesh(plan.devices)
   model = model_of("mixed")[0]._replace(plan=plan)
-  where = layout.of(plan, PROFILE)
+  where = positions.of(plan, PROFILE)
   ranks = where and where.ranks
   t = tables.init(plan, OPTIMIZER, mesh, 0.5, seed, ranks)
   return model, mesh, fresh("mixed", seed)._replace(tables=t), where
@@ -513,9 +513,7 @@ def test_pooled_tables_move_to_other_plans_and_back(name, tmp_path):
   want = rank_order(state.tables, pooled)
   at = where.positions_of(np.arange(ROWS, dtype=np.int32))
   want = jax.tree.map(lambda x: x[at], want)
-  sums = jax.device_get(
-    checkpoint.make_checksums(model, mesh)(state.tables)
-  )
+  sums = jax.device_get(checkpoint.make_checksums(model, mesh)(state.tables))
   with checkpoint.manager(tmp_path) as to:
     checkpoint.save(to, 1, state, pooled, IDENTITY, {}, 0, sums)
   for step, plan in ((1, plain), (2, pooled), (1, pooled)):

@@ -5,13 +5,12 @@ import functools
 import itertools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import test_train_step as dense
 
-from recjax import layout, tables, train_step
+from recjax import positions, tables, train_step
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding
 from recjax.planner import Plan
@@ -57,7 +56,7 @@ def profile_of(features) -> Profile:
 
 def build(features, plan, optimizer, **kw):
   model, mesh, state = dense.build(features, plan, optimizer, **kw)
-  where = layout.of(plan, profile_of(features))
+  where = positions.of(plan, profile_of(features))
   rows = tables.init(
     plan, model.sparse_optimizer, mesh, 0.5, 3, warm_ranks=where.ranks
   )

@@ -89,10 +89,16 @@ def of(plan: Plan, profile: Profile) -> Layout | None:
   return Layout(plan.hot, plan.spare, positions, ranks)
 
 
-def positions_of(plan: Plan, profile: Profile):
+def from_ranks(plan: Plan, profile: Profile):
   """What maps a batch's ids, ranks, to positions; None: nothing to do."""
   where = of(plan, profile)
   return where and where.positions_of
+
+
+def warm_ranks(plan: Plan, profile: Profile) -> np.ndarray | None:
+  """[warm] int32: the rank of each warm position; None: they are in order."""
+  where = of(plan, profile)
+  return where and where.ranks
 
 
 def _counts(x: np.ndarray, size: int) -> np.ndarray:  # [m] -> [size] int64
