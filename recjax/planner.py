@@ -254,7 +254,7 @@ def _finish(problem, hot, warm_end, sync, choice, capacity) -> Plan:
   for name, (start, stop) in zip(slots, ranges, strict=True):
     c = 0
     if name != "hot":
-      size = stop - start
+      size = stop - start + (spare if name == "warm" else 0)
       c = int(problem.buffers(start, stop)) // n
       if choice and name == "warm":
         c = int(choice.load.warm) // n

@@ -3,14 +3,17 @@
 import dataclasses
 import functools
 import itertools
+import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import test_train_step as dense
 
-from recjax import positions, tables, train_step
+from recjax import planner, positions, spectrum, tables, train_step
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding
 from recjax.planner import Plan
@@ -105,16 +108,11 @@ def wanted(kind, optimizer):
 
 CASES = [
   *itertools.product(
-    (1, 2, 8), ("warm", "mixed"), ("planned",), POOLED, ("adagrad",), (0,)
+    (1, 2, 8), ("warm", "mixed"), ("planned",), ("uneven",), ("adagrad",), (0,)
   ),
-  *itertools.product(
-    (8,),
-    ("mixed",),
-    ("one_row",),
-    ("uneven",),
-    dense.OPTIMIZERS,
-    (0, 14),
-  ),
+  (8, "warm", "planned", "one", "adagrad", 0),
+  (2, "mixed_sparse", "one_row", "one_owner", "adagrad", 0),
+  *((8, "mixed", "one_row", "uneven", name, 14) for name in dense.OPTIMIZERS),
 ]
 
 
@@ -132,3 +130,98 @@ def test_equals_one_dense_table(
   np.testing.assert_array_equal(first, want_first)
   dense.assert_close((got.rows, got.slots, params), (rows, slots, want_params))
   assert (max(rounds) > 1) == (capacity == 1)
+
+
+# ---- What travels
+
+
+def planned(devices, dtype="float32", pooled=("b", "c")):
+  """A plan of counted rows, some hot, and one round for any batch."""
+  profile = profile_of(FEATURES["bags"])
+  counts = np.maximum(2_000 // np.arange(1, ROWS + 1), 1)
+  profile = dataclasses.replace(profile, samples=1_000, counts=counts)
+  s = spectrum.of_profile(profile, (1, 7, 3, 2, 1), bags=(1, 2, 1, 0, 1))
+  problem = planner.make_problem(
+    s,
+    devices=devices,
+    batch_size=BATCH,
+    lookups=14,
+    dim=DIM,
+    dtype="float32",
+    slot_bytes=4 * DIM,
+    exchange_dtype=dtype,
+  )
+  return planner.solve(
+    problem,
+    hosts=1,
+    device_bytes=1 << 30,
+    host_bytes=1 << 30,
+    hot_rows=6,
+    warm_rows=100,
+    capacity=ROWS,
+    pooled=pooled,
+  )
+
+
+def sent_bytes(text: str, n: int) -> float:
+  """Of a device on average, in a compiled step's exchange of ids and rows."""
+  total = 0.0
+  collective = re.compile(r"= (.*?) (all-to-all|collective-permute)\(.*")
+  for found in collective.finditer(text):
+    size = sum(
+      math.prod(int(x) for x in dims.split(",") if x) * int(bits) // 8
+      for bits, dims in re.findall(r"[suf](\d+)\[([\d,]*)\]", found[1])
+    )
+    if found[2] == "all-to-all":  # its own part stays
+      total += size * (n - 1) / n
+    else:
+      pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found[0])[1]
+      total += size * pairs.count("{") / n
+  return total
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
+  plan = planned(devices, dtype)
+  features = FEATURES["bags"]
+  model, mesh, state, _ = build(
+    features, plan, "adagrad", exchange_dtype=jnp.dtype(dtype)
+  )
+  batch = jax.device_put(next(dense.batches(features)), batch_sharding(mesh))
+  step = train_step.make_train_step(model, mesh)
+  text = step.lower(state, batch).compile().as_text()
+  sent = dict(plan.sent)
+  want = sum(sent[k] for k in sent if k not in ("host", "hot gradients"))
+  assert sent["pooled ids"] > 0
+  assert sent_bytes(text, devices) == want
+
+
+def test_tables_are_updated_in_place():
+  """The compiled step's temporary memory does not grow with the tables."""
+  features, temp, optimizer = FEATURES["bags"], [], "adam"
+  _, mesh, state, _ = build(
+    features, make_plan(8, "warm", 1, "uneven"), optimizer
+  )
+  for rows in (1_000_000, 16_000_000):
+    plan = dense.big_plan(rows, "warm")
+    plan = dataclasses.replace(plan, pooled=POOLED["uneven"])
+    model = dense.build(features, make_plan(8, "warm", 1, "uneven"), optimizer)
+    model = model[0]._replace(plan=plan)
+    place = tables.shardings(plan, model.sparse_optimizer, mesh)
+    t = jax.eval_shape(
+      lambda plan=plan, model=model: tables.init(
+        plan, model.sparse_optimizer, mesh, 0.1, 0
+      )
+    )
+    t = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, place
+    )
+    batch = jax.device_put(next(dense.batches(features)), batch_sharding(mesh))
+    step = train_step.make_train_step(model, mesh)
+    compiled = step.lower(state._replace(tables=t), batch).compile()
+    memory = compiled.memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) // 8
+    assert memory.alias_size_in_bytes >= size
+    temp.append(memory.temp_size_in_bytes)
+  assert temp[0] == temp[1] < 1 << 20
