@@ -97,7 +97,7 @@ def test_cuts_and_tables_fit_each_other(objective):
     else (lambda p: p.bytes_per_sample)
   )
   for names in itertools.chain.from_iterable(
-    itertools.combinations("abc", k) for k in range(4)
+    itertools.combinations("ab", k) for k in range(3)
   ):
     p = solve(problem, pooled=names)
     assert {name for name, _ in p.pooled} == set(names)
