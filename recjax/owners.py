@@ -10,6 +10,7 @@ Those take turns among the owners that have room, in rank order.
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from recjax import cost, cuts
 from recjax.cuts import Problem
 from recjax.step_cost import Load, Pooled
 
-_CUTS = 48  # hot cuts that are tried with pooled tables
+_CUTS = 24  # hot cuts that are tried with pooled tables
 _PAIRS = 8  # tables of which pairs are tried, too
 
 
@@ -150,7 +151,7 @@ class Pooling:
       held = np.diff(most, prepend=0.0)
       kept[o] = most[-1]
       free = free - held
-      updated = max(updated, float(held @ self.touched))
+      updated = max(updated, float(np.sum(held * self.touched)))
       whole[mine] = rows.sum() <= rooms[o]
     whole &= [t in owner for t in range(len(whole))]
 
@@ -158,7 +159,7 @@ class Pooling:
     columns = work.lookups - sum(
       t.hotness for t, gone in zip(s.tables, whole, strict=True) if gone
     )
-    mean, rows = float(free @ problem.pi), float(free.sum())
+    mean, rows = float(np.sum(free * problem.pi)), float(free.sum())
     buffer = self._buffer(free, rooms - kept, max(columns, 1) * work.local)
     tiers = problem.load_of_cuts(self.hot, self.warm_end, self.sync)
     loads, vectors = np.zeros(n, np.int64), np.zeros(n, np.int64)
@@ -192,7 +193,7 @@ class Pooling:
     pi, n = problem.pi, problem.work.devices
     each = problem.overflow_probability
     if each is None:
-      return float(max(free @ pi, 1e-9))
+      return float(max(np.sum(free * pi), 1e-9))
     starts, members = turns(np.round(left).astype(np.int64))
     parts = np.array([len(m) for m in members])
     if not len(parts):
@@ -261,6 +262,9 @@ def _improve(
   return now
 
 
+_price = operator.itemgetter(0)
+
+
 def best(
   problem: Problem,
   found: tuple[int, int, str],
@@ -283,36 +287,37 @@ def best(
   """
   s, n = problem.spectrum, problem.work.devices
   wanted = candidates(problem) if tables is None else tables
-  if n == 1 or not wanted or found[0] == found[1] or s.of_table is None:
+  if n == 1 or not wanted or s.of_table is None:
     return *found, None
-
-  def at(hot, warm_end):
-    warm = warm_end - hot
-    most = -(-warm // n)
-    if warm_end == s.rows:  # what no row needs is there to be used
-      most = max(most, int(cuts.most_warm(1 << 62, hot, fit, n)) // n)
-    return Pooling(problem, hot, warm_end, found[2], most)
-
-  def choice_at(hot, warm_end) -> Choice:
-    pooling = at(hot, warm_end)
-    return choose(pooling) if tables is None else pooling.choice(tables)
-
-  price = lambda choice: float(problem.evaluate(choice.load))
-  hot, warm_end, sync = found
-  chosen = choice_at(hot, warm_end)
-  if not fixed:  # rows that are pooled need no replica
-    pick = np.linspace(0, len(s.ends) - 1, _CUTS).astype(int)
-    hots = np.unique(np.append(s.ends[pick], 0))
-    hots = hots[hots < min(fit, s.rows)]
+  *cut, sync = found
+  # Rows that are pooled may need no replica: fewer hot rows are tried as well.
+  tried = np.array([cut])
+  if cut[0] and not fixed:
+    lower = s.ends[s.ends < cut[0]]
+    hots = lower[np.linspace(0, len(lower) - 1, _CUTS).astype(int)]
     ends = hots + cuts.most_warm(s.rows, hots, fit, n)
-    cold = cuts.slots_of(s.rows - ends, n) * n
-    for h, end in zip(hots[cold <= host_rows], ends[cold <= host_rows],
-                      strict=True):  # fmt: skip
-      if h < end:
-        tried = at(int(h), int(end)).choice(chosen.owner)
-        if price(tried) < price(chosen):
-          hot, warm_end, chosen = int(h), int(end), tried
-    again = choice_at(hot, warm_end)
-    if price(again) < price(chosen):
-      chosen = again
-  return hot, warm_end, sync, chosen if chosen.owner else None
+    fits = cuts.slots_of(s.rows - ends, n) * n <= host_rows
+    tried = np.append(tried, np.stack([hots, ends], axis=1)[fits], axis=0)
+  tried = [(int(a), int(b)) for a, b in np.unique(tried, axis=0) if a < b]
+
+  def at(hot: int, warm_end: int) -> Pooling:
+    most = -(-(warm_end - hot) // n)
+    if warm_end == s.rows:  # memory that no row needs is there to be used
+      most = max(most, int(cuts.most_warm(1 << 62, hot, fit, n)) // n)
+    return Pooling(problem, hot, warm_end, sync, most)
+
+  def offer(ends, owner: Iterable[int] | None):
+    """(cost, cuts, choice) of these tables, or of the best there."""
+    choice = at(*ends).choice(owner) if owner else choose(at(*ends))
+    return float(problem.evaluate(choice.load)), ends, choice
+
+  least = np.inf if tables else float(problem.cost_of_cuts(*found))
+  offers = [offer(ends, tables) for ends in {*tried[:1], *tried[-1:]}]
+  if len(tried) > 1:
+    owner = min(offers, key=_price)[2].owner
+    offers += [offer(ends, owner) for ends in tried if owner]
+    offers.append(offer(min(offers, key=_price)[1], tables))
+  price, ends, choice = min(offers, key=_price, default=(np.inf, cut, None))
+  if choice is None or not choice.owner or price >= least:
+    return *found, None
+  return *ends, sync, choice
