@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import math
 import re
 
@@ -107,12 +106,12 @@ def wanted(kind, optimizer):
 
 
 CASES = [
-  *itertools.product(
-    (1, 2, 8), ("warm", "mixed"), ("planned",), ("uneven",), ("adagrad",), (0,)
-  ),
-  (8, "warm", "planned", "one", "adagrad", 0),
+  (1, "mixed", "planned", "uneven", "adagrad", 0),
   (2, "mixed_sparse", "one_row", "one_owner", "adagrad", 0),
-  *((8, "mixed", "one_row", "uneven", name, 14) for name in dense.OPTIMIZERS),
+  (8, "warm", "planned", "one", "adagrad", 0),
+  (8, "mixed", "planned", "uneven", "adagrad", 0),
+  (8, "mixed", "one_row", "uneven", "adagrad", 14),
+  *((2, "warm", "planned", "uneven", name, 14) for name in dense.OPTIMIZERS),
 ]
 
 
@@ -180,8 +179,9 @@ def sent_bytes(text: str, n: int) -> float:
   return total
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+  ("devices", "dtype"), [(2, "float32"), (8, "bfloat16")]
+)
 def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
   plan = planned(devices, dtype)
   features = FEATURES["bags"]
@@ -198,30 +198,24 @@ def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
 
 
 def test_tables_are_updated_in_place():
-  """The compiled step's temporary memory does not grow with the tables."""
-  features, temp, optimizer = FEATURES["bags"], [], "adam"
-  _, mesh, state, _ = build(
-    features, make_plan(8, "warm", 1, "uneven"), optimizer
+  features, rows = FEATURES["bags"], 16_000_000
+  small = make_plan(8, "warm", 1, "uneven")
+  model, mesh, state, _ = build(features, small, "adam")
+  plan = dataclasses.replace(
+    dense.big_plan(rows, "warm"), pooled=POOLED["uneven"]
   )
-  for rows in (1_000_000, 16_000_000):
-    plan = dense.big_plan(rows, "warm")
-    plan = dataclasses.replace(plan, pooled=POOLED["uneven"])
-    model = dense.build(features, make_plan(8, "warm", 1, "uneven"), optimizer)
-    model = model[0]._replace(plan=plan)
-    place = tables.shardings(plan, model.sparse_optimizer, mesh)
-    t = jax.eval_shape(
-      lambda plan=plan, model=model: tables.init(
-        plan, model.sparse_optimizer, mesh, 0.1, 0
-      )
-    )
-    t = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, place
-    )
-    batch = jax.device_put(next(dense.batches(features)), batch_sharding(mesh))
-    step = train_step.make_train_step(model, mesh)
-    compiled = step.lower(state._replace(tables=t), batch).compile()
-    memory = compiled.memory_analysis()
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) // 8
-    assert memory.alias_size_in_bytes >= size
-    temp.append(memory.temp_size_in_bytes)
-  assert temp[0] == temp[1] < 1 << 20
+  model = model._replace(plan=plan)
+  place = tables.shardings(plan, model.sparse_optimizer, mesh)
+  t = jax.eval_shape(
+    lambda: tables.init(plan, model.sparse_optimizer, mesh, 0.1, 0)
+  )
+  t = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, place
+  )
+  batch = jax.device_put(next(dense.batches(features)), batch_sharding(mesh))
+  step = train_step.make_train_step(model, mesh)
+  compiled = step.lower(state._replace(tables=t), batch).compile()
+  memory = compiled.memory_analysis()
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) // 8
+  assert memory.alias_size_in_bytes >= size > 1 << 26
+  assert memory.temp_size_in_bytes < 1 << 20
