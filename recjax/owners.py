@@ -49,13 +49,15 @@ def turns(room: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def take_turns(starts, members, first: int, count: int) -> np.ndarray:
-  """[count] int64: the owners of rows first, first + 1, ...; see `turns`."""
-  owner = np.empty(count, np.int64)
+  """[count] int16: the owners of rows first, first + 1, ...; see `turns`."""
+  owner = np.empty(count, np.int16)
   for j, of in enumerate(members):
     a, b = max(int(starts[j]), first), min(int(starts[j + 1]), first + count)
     if a < b:
-      turn = np.arange(a - starts[j], b - starts[j])
-      owner[a - first : b - first] = of[turn % len(of)]
+      of = np.roll(of, (int(starts[j]) - a) % len(of)).astype(np.int16)
+      owner[a - first : b - first] = np.tile(of, -(-(b - a) // len(of)))[
+        : b - a
+      ]
   return owner
 
 

@@ -58,32 +58,35 @@ def of(plan: Plan, profile: Profile) -> Layout | None:
   if not plan.pooled:
     return None
   n, rows = plan.devices, plan.warm - plan.spare
-  owner_of = np.full(len(profile.tables), -1, np.int64)
+  owner_of = np.full(len(profile.tables), -1, np.int16)
   for name, owner in plan.pooled:
     owner_of[profile.tables.index(name)] = owner
   table = profile.table[plan.hot : plan.hot + rows]
-  of_tables = owner_of[owner_of >= 0], owner_of >= 0
-  room = owners.room(plan.warm, n)
-  count = np.bincount(of_tables[0], _counts(table, len(owner_of))[of_tables[1]],
-                      n).astype(np.int64)  # fmt: skip
-  starts, members = owners.turns(room - np.minimum(count, room))
+  room, wanted = owners.room(plan.warm, n), np.zeros(n, np.int64)
+  for t, count in enumerate(_counts(table, len(owner_of))):
+    if owner_of[t] >= 0:
+      wanted[owner_of[t]] += count
+  left = np.minimum(wanted, room)  # rows of its tables that an owner takes
+  starts, members = owners.turns(room - left)
 
   positions = np.empty(rows, np.int32)
-  held = np.zeros(n, np.int64)  # positions of each owner that are taken
-  pooled = np.zeros(n, np.int64)  # of them by rows of its own tables
+  held = np.zeros(n, np.int64)  # positions of an owner that are taken
   free = 0  # rows that took turns
   for first in range(0, rows, _SLICE):
     owner = owner_of[table[first : first + _SLICE]]
-    # Its tables' rows beyond an owner's room take turns like the others.
-    at = pooled[owner] + _running(owner, n)
-    owner[(owner >= 0) & (at >= room[owner])] = -1
-    pooled += np.bincount(owner[owner >= 0], minlength=n)
+    for o in np.flatnonzero(wanted):
+      mine = np.flatnonzero(owner == o)
+      owner[mine[left[o] :]] = -1
+      left[o] -= min(len(mine), left[o])
     turn = np.flatnonzero(owner < 0)
     owner[turn] = owners.take_turns(starts, members, free, len(turn))
     free += len(turn)
-    slot = held[owner] + _running(owner, n)
-    held += np.bincount(owner, minlength=n)
-    positions[first : first + _SLICE] = plan.hot + slot * n + owner
+    counts = np.bincount(owner, minlength=n)
+    order = np.argsort(owner, kind="stable")  # of 16 bits: a radix sort
+    for o, mine in enumerate(np.split(order, np.cumsum(counts)[:-1])):
+      slot = np.arange(held[o], held[o] + len(mine))
+      positions[first + mine] = plan.hot + slot * n + o
+    held += counts
   ranks = np.full(plan.warm, NO_ROW, np.int32)
   ranks[positions - plan.hot] = np.arange(plan.hot, plan.hot + rows)
   return Layout(plan.hot, plan.spare, positions, ranks)
@@ -109,13 +112,3 @@ def _counts(x: np.ndarray, size: int) -> np.ndarray:  # [m] -> [size] int64
     ),
     np.zeros(size, np.int64),
   )
-
-
-def _running(owner: np.ndarray, n: int) -> np.ndarray:  # [m] in [-1, n)
-  """How many of the same came before, of each."""
-  order = np.argsort(owner.astype(np.int16), kind="stable")
-  counts = np.bincount(owner + 1, minlength=n + 1)
-  starts = np.cumsum(counts) - counts
-  running = np.empty(len(owner), np.int64)
-  running[order] = np.arange(len(owner)) - np.repeat(starts, counts)
-  return running

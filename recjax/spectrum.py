@@ -130,38 +130,33 @@ def of_profile(
   ends = ends[ends > 0]
   starts = np.concatenate([[0], ends[:-1]])
   sums = np.zeros(len(ends))
-  mass = np.zeros(len(ends))
   hotness = hotness or (1,) * len(profile.tables)
   plain, width = max(hotness) == 1, len(hotness)
   bags = bags or (1,) * width
-  of_table = None if plain else np.zeros((len(ends), width), np.int64)
+  of_table = None if plain else np.zeros((width, len(ends)), np.int64)
   for at in range(0, len(counts), _SLICE):
     part = counts[at : at + _SLICE]
     first, last = np.searchsorted(ends, [at, at + len(part) - 1], "right")
     cuts = np.maximum(starts[first : last + 1] - at, 0)
     sums[first : last + 1] += np.add.reduceat(part, cuts)
-    if not plain:
+    if of_table is not None:
       table = profile.table[at : at + len(part)]
-      h = np.asarray(hotness)[table]
       for k, rows in enumerate(np.split(table, cuts[1:]), int(first)):
-        of_table[k] += np.bincount(rows, minlength=width)
-      r = np.minimum(part / samples / h, 1.0)
-      mass[first : last + 1] += np.add.reduceat(
-        cost.touch_probability(r, h), cuts
-      )
+        of_table[:, k] += np.bincount(rows, minlength=width)
   count = ends - starts
   uses = sums / count / samples
-  p = np.minimum(uses, 1.0) if plain else np.minimum(mass / count, 1.0)
+  p = np.minimum(uses, 1.0)
+  if of_table is not None:
+    h = np.asarray(hotness)[:, None]
+    each = cost.touch_probability(np.minimum(uses / h, 1.0), h)  # [T, K]
+    p = np.minimum(np.sum(of_table * each, axis=0) / count, 1.0)
   rows = np.bincount(profile.table, minlength=len(profile.tables))
   tables = tuple(
     Table(*x)
     for x in zip(profile.tables, rows.tolist(), hotness, bags, strict=True)
   )
-  if of_table is None:
-    return Spectrum(tables, count, p, uses, measured)
-  return Spectrum(
-    tables, count, p, uses, measured, "", of_table.T, profile.table
-  )
+  whose = None if plain else profile.table
+  return Spectrum(tables, count, p, uses, measured, "", of_table, whose)
 
 
 def _at_least(counts, edges):  # [R] descending, [E] -> [E]
