@@ -10,7 +10,7 @@ import numpy as np
 
 from recjax import cost, step_cost
 from recjax.cuts import Problem
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.step_cost import Load
 
 

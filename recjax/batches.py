@@ -16,6 +16,7 @@ import collections
 import functools
 import os
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -72,6 +73,7 @@ def dataset(
   process_count: int = 1,
   threads: int = 1,
   prefetch: int = 8,
+  positions_of: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> grain.DatasetIterator:
   """An iterator of batches; its get_state() is small and goes into JSON.
 
@@ -93,6 +95,8 @@ def dataset(
     process_count: P.
     threads: that read ahead.
     prefetch: batches read ahead.
+    positions_of: what `ids` then hold for the ranks, see positions.py; None =
+      the ranks.
 
   Raises:
     UserError: too few samples for one batch on each process.
@@ -105,6 +109,7 @@ def dataset(
     seed=seed if split == "train" else None,
     length=_FOREVER if epochs is None else steps * epochs,
     window_blocks=shuffle_blocks,
+    positions_of=positions_of,
   )
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(prefetch, threads)
@@ -127,6 +132,7 @@ class Batches:
     seed: int | None,
     length: int,
     window_blocks: int,
+    positions_of: Callable[[np.ndarray], np.ndarray] | None = None,
   ):
     self.samples = prepared.samples[split]
     self.blocks = Blocks(
@@ -137,6 +143,7 @@ class Batches:
     )
     self.batch_size, self.steps, self.length = batch_size, steps, length
     self.process = process_index, process_count
+    self.positions_of = positions_of
     self.seed = None if seed is None else seed % 2**64  # any integer will do
     # The test split is in order: no block is mixed with another.
     self.window_blocks = 1 if seed is None else max(1, window_blocks)
@@ -161,6 +168,8 @@ class Batches:
       pieces = self._pieces(epoch, first, first + b * count)
       pieces = _part(pieces, process * b, (process + 1) * b)
     batch = self._read(epoch, pieces)
+    if self.positions_of is not None:
+      batch["ids"] = self.positions_of(batch["ids"])
     size = len(batch["label"])
     batch["mask"] = np.ones(size, np.float32)
     if size == b:

@@ -20,10 +20,12 @@ import tensorstore as ts
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from recjax import positions
 from recjax import tables as tables_lib
 from recjax.errors import UserError
+from recjax.frequency import Profile
 from recjax.mesh import replicated
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.tables import DEVICE, HOST, Tables, Tier
 from recjax.train_step import Model, TrainState
 
@@ -271,7 +273,7 @@ def _check_readable(path: pathlib.Path) -> None:
 
 
 class _Stored:
-  """The stored tiers as one row space in rank order, read in ranges."""
+  """The stored tiers as one row space in the order of positions."""
 
   def __init__(self, path: pathlib.Path, plan: Plan, names: list[str]):
     self._plan = plan
@@ -290,25 +292,33 @@ class _Stored:
       for name in names
     }
 
-  def read(self, name: str, first: int, stop: int) -> np.ndarray:
-    """Ranks [first, stop) of the rows or of a slot."""
+  def read(self, name: str, at: np.ndarray) -> np.ndarray:
+    """Positions `at` [m] of the rows or of a slot; zeros for -1."""
     p, parts = self._plan, []
-    ends = {"hot": p.hot, "warm": p.warm_end, "cold": p.rows}
-    for tier, end in ends.items():
+    for tier in ("hot", "warm", "cold"):
       start = tables_lib.first_rank(p, tier)
-      a, b = max(first, start) - start, min(stop, end) - start
-      if a >= b:
+      n, _ = tables_lib.owners_of(p, tier)
+      mine = np.flatnonzero((at >= start) & (at < start + getattr(p, tier)))
+      if not len(mine):
         continue
-      x = self._arrays[tier, name]
+      x, index = self._arrays[tier, name], at[mine] - start
+      a, b = int(index[0]), int(index[-1]) + 1
       if tier == "hot":
-        part = x[a:b]
+        part = x[index]
+      elif np.array_equal(index, np.arange(a, b)):  # by far the faster
+        part = x[a // n : -(-b // n)].read().result()
+        part = part.reshape(-1, *part.shape[2:])[a - a // n * n :][: b - a]
       else:
-        n, _ = tables_lib.owners_of(p, tier)
-        slots = x[a // n : -(-b // n)].read().result()
-        part = slots.reshape(-1, *slots.shape[2:])
-        part = part[a - a // n * n :][: b - a]
-      parts.append(part)
-    rows = np.concatenate(parts)
+        part = x[index // n, index % n].read().result()
+      parts.append((mine, part))
+    if len(parts) == 1 and len(parts[0][0]) == len(at):
+      rows = parts[0][1]
+    else:
+      x = next(v for (_, k), v in self._arrays.items() if k == name)
+      tail = x.shape[1:] if isinstance(x, np.ndarray) else x.shape[2:]
+      rows = np.zeros((len(at), *tail), np.dtype(x.dtype.name))
+      for mine, part in parts:
+        rows[mine] = part
     self._sums[name] += _sum_of_words(rows)
     return rows
 
@@ -323,6 +333,7 @@ def restore(
   state: TrainState,
   model: Model,
   mesh: Mesh,
+  profile: Profile | None = None,
 ) -> TrainState:
   """The state at `step`, placed as `state` is; `state` is donated.
 
@@ -330,6 +341,7 @@ def restore(
 
   Args:
     state: an initial state on the mesh and plan to restore onto.
+    profile: of the rows; needed where a plan pools tables.
 
   Raises:
     UserError: the checkpoint is damaged.
@@ -355,8 +367,15 @@ def restore(
       )["dense"]
     stored = _Stored(folder / "tables", stored_plan, names)
 
+    now, then = (
+      positions.of(p, profile) if profile and p.pooled else None
+      for p in (model.plan, stored_plan)
+    )
+
     def rows(first, stop):
-      read = functools.partial(stored.read, first=first, stop=stop)
+      ranks = now.ranks_of(first, stop) if now else np.arange(first, stop)
+      at = then.positions_of(ranks) if then else ranks
+      read = functools.partial(stored.read, at=at)
       return Tier(read("rows"), {k: read(k) for k in names[1:]})
 
     tables = tables_lib.fill(

@@ -95,6 +95,7 @@ class Plan:
   # How sharded rows travel between several nodes; "" = planned.
   exchange: str = _choice("", "flat", "two_stage")
   warm_copies: str = _choice("", "one", "node")
+  pooled: str = ""  # tables or features, a,b: pooled at owners; or "none"
   topology: str = ""  # a preset's name or a JSON file; "" = this machine
   objective: str = _choice("time", "bytes")  # what is least
   exponent: float = 1.15  # of every table, where data.rows is planned with

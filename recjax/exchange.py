@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from recjax.mesh import AXIS, DEVICES, NODES
-from recjax.planner import Plan
+from recjax.plan import Plan
 
 NONE = np.int32(2**31 - 1)  # sorts behind every address
 

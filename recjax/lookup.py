@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from recjax import exchange
+from recjax import pooled as pooled_lib
 from recjax.exchange import NONE, Round, Route
 from recjax.mesh import AXIS
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.sparse_optim import Optimizer
 from recjax.specs import Feature
 from recjax.tables import (
@@ -38,6 +39,7 @@ class Trip(NamedTuple):
   coefficients: jax.Array | None  # [b, S] float32
   route: Route
   round: Round  # the first
+  sent: pooled_lib.Sent | None  # to the owners of pooled tables
 
 
 # ---- Pooling
@@ -102,7 +104,10 @@ def read(
 ):
   """Activations [b, A, d] float32, and the trip for `update`."""
   b, columns = ids.shape
-  flat = ids.reshape(-1)
+  alone = ids
+  if plan.pooled:
+    alone = jnp.where(pooled_lib.lookups(ids, features, plan), -1, ids)
+  flat = alone.reshape(-1)
   coef = coefficients(ids, weights, features)
 
   def pooled(rows):  # [L, d]
@@ -143,7 +148,13 @@ def read(
       activations, *_ = lax.while_loop(
         lambda c: c[2], more, (activations, now.end, now.more)
       )
-  return activations, Trip(flat, coef, route, now)
+    sent = None
+    if plan.pooled:
+      at, vectors, sent = pooled_lib.read(
+        tables.warm, ids, features, plan, exchange_dtype
+      )
+      activations = activations.at[:, at].add(vectors, unique_indices=True)
+  return activations, Trip(flat, coef, route, now, sent)
 
 
 # ---- Update
@@ -239,11 +250,16 @@ def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
 
   slots [m] int32, grads [m, d]: of exchange.give.
   """
-  host = name == "cold"
   size = tier.rows.shape[0]
-  owners, axes = owners_of(plan, name)
+  owners, _ = owners_of(plan, name)
   copies = plan.devices // owners
   slots, grads = _summed(slots, grads, size, plan.devices, copies)
+  return _update_rows(name, tier, slots, grads, plan, optimizer, step, seed)
+
+
+def _update_rows(name, tier, slots, grads, plan, optimizer, step, seed):
+  """slots [m] int32, distinct, padding past the end; grads [m, d] float32."""
+  owners, axes = owners_of(plan, name)
   owner = lax.axis_index(axes).astype(jnp.int32)
   ranks = first_rank(plan, name) + slots * owners + owner
   bits = _bits(ranks, plan, step, seed)
@@ -255,7 +271,7 @@ def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
     return jax.tree.map(lambda x, y: scatter(x, index, y), tier, new)
 
   operands = (index, grads, bits, step)
-  if host:
+  if name == "cold":
     return on_host(apply)(tier, *jax.device_put(operands, HOST))
   return apply(tier, *operands)
 
@@ -293,6 +309,24 @@ def update(
   if plan.hot == plan.rows and not sparse:
     return tables._replace(hot=hot), jnp.ones((), jnp.int32)
 
+  warm = tables.warm
+  if trip.sent is not None:
+    warm = _update_rows(
+      "warm",
+      warm,
+      *pooled_lib.gradients(
+        trip.sent,
+        gradients,
+        features,
+        plan,
+        exchange_dtype,
+        warm.rows.shape[0],
+      ),
+      plan,
+      optimizer,
+      step,
+      seed,
+    )
   *starts, hot_start, total = exchange.buffer_starts(plan)
 
   def one_round(tiers: Tables, now) -> Tables:
@@ -314,7 +348,7 @@ def update(
       )
     return Tables(**new)
 
-  tables = one_round(tables._replace(hot=hot), trip.round)
+  tables = one_round(tables._replace(hot=hot, warm=warm), trip.round)
   rounds = jnp.ones((), jnp.int32)
   if not exchange.one_round(plan, trip.ids.shape[0]):
 

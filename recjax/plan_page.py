@@ -7,7 +7,7 @@ import numpy as np
 
 from recjax.baselines import Placed, size
 from recjax.cuts import Problem
-from recjax.planner import Plan
+from recjax.plan import Plan
 
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 170, 20, 12, 34
@@ -41,7 +41,8 @@ def page(
     measured_seconds: of a step, where there was a run.
   """
   total = plan.step_seconds
-  title = f"{plan.rows:,} rows x {plan.dim} on {plan.devices} devices"
+  rows = plan.rows - plan.spare
+  title = f"{rows:,} rows x {plan.dim} on {plan.devices} devices"
   facts = (
     f"{html.escape(plan.topology)}, global batch {plan.batch_size:,}: "
     f"{total * 1e3:,.2f} ms a step, {plan.batch_size / total:,.0f} samples/s, "
@@ -52,6 +53,9 @@ def page(
     notes.append(problem.spectrum.assumed)
   if problem.spectrum.measured is not None:
     notes.append("distinct rows corrected by those counted on real batches")
+  if plan.pooled:
+    of = ", ".join(f"{name} on device {owner}" for name, owner in plan.pooled)
+    notes.append(f"vectors pooled at the owner: {of}")
   held = [
     (k, v) for k, v in plan.memory if k in ("replicas", "tables", "slots")
   ]
@@ -135,8 +139,8 @@ def _coverage(plan: Plan, problem: Problem) -> str:
     f"{x(r):.1f},{y(float(below(r)) / whole):.1f}" for r in ranks
   )
   body = []
-  cuts = {"hot": (0, plan.hot), "warm": (plan.hot, plan.warm_end),
-          "cold": (plan.warm_end, rows)}  # fmt: skip
+  end = plan.warm_end - plan.spare
+  cuts = {"hot": (0, plan.hot), "warm": (plan.hot, end), "cold": (end, rows)}
   for name, (start, stop) in cuts.items():
     if stop > start:
       body.append(

@@ -3,116 +3,16 @@
 import bisect
 import dataclasses
 import inspect
-import json
 import math
 
-from recjax import cost, cuts, presets, spectrum, step_cost
+from recjax import cost, cuts, owners, presets, spectrum, step_cost
 from recjax.cuts import Problem, Transport
 from recjax.errors import UserError
 from recjax.frequency import Profile
+from recjax.plan import Plan, Terms, TierReport
 from recjax.spectrum import Spectrum
 from recjax.step_cost import Dense, Work
 from recjax.topology import Topology
-
-
-@dataclasses.dataclass(frozen=True)
-class TierReport:
-  """What a tier holds and what a step asks of it."""
-
-  rows: int
-  bytes: int  # tables and slots, of a device (hot, warm) or all hosts (cold)
-  share: float  # of the training split's accesses
-  distinct: float  # expected rows that a device touches in a step
-  buffer_bytes: int  # of a device: requests and rows, both directions
-
-
-Terms = tuple[tuple[str, float], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """Two cut points, capacities and transports; static in the compiled step.
-
-  Ranks below `hot` are replicated, ranks below `warm_end` sharded in device
-  memory, the others sharded in host memory. Owners are cyclic in rank.
-  Capacities are rows a peer and round (C), 0 for a tier without rows.
-  """
-
-  devices: int  # n
-  batch_size: int  # B
-  rows: int  # R
-  dim: int  # d
-  dtype: str
-  hot: int
-  warm_end: int
-  capacity_warm: int
-  capacity_cold: int
-  reports: tuple[TierReport, ...] = ()  # hot, warm, cold
-  hot_sync: str = "dense"  # how hot gradients meet: all-reduced, or "sparse"
-  capacity_hot: int = 0  # hot rows that a device sends a round, where "sparse"
-  node_devices: int = 0  # g; 0 = one node
-  exchange: str = "flat"  # or in stages that meet in the node: "two_stage"
-  warm_copies: str = "one"  # warm rows over all devices, or those of a "node"
-  capacity_far_warm: int = 0  # C_far, rows a node and round, where staged
-  capacity_far_cold: int = 0
-  topology: str = ""
-  seconds: Terms = ()  # of a step, predicted, by term
-  sent: Terms = ()  # bytes that a device sends in a step, by kind
-  memory: Terms = ()  # bytes of a device, by kind
-  network: Terms = ()  # of those in `sent`, the bytes to other nodes, by kind
-
-  @property
-  def warm(self) -> int:
-    return self.warm_end - self.hot
-
-  @property
-  def cold(self) -> int:
-    return self.rows - self.warm_end
-
-  @property
-  def nodes(self) -> int:
-    """N"""
-    return self.devices // (self.node_devices or self.devices)
-
-  @property
-  def warm_owners(self) -> int:
-    """Devices that share the warm rows: all, or those of each node."""
-    return self.devices // (self.nodes if self.warm_copies == "node" else 1)
-
-  @property
-  def warm_slots(self) -> int:
-    """Rows of a device's warm shard."""
-    return cuts.slots_of(self.warm, self.warm_owners)
-
-  @property
-  def cold_slots(self) -> int:
-    """Rows of a device's cold shard, in its host's memory."""
-    return cuts.slots_of(self.cold, self.devices)
-
-  @property
-  def step_seconds(self) -> float:
-    return sum(x for _, x in self.seconds)
-
-  @property
-  def bytes_per_sample(self) -> float:
-    return sum(x for _, x in self.sent) * self.devices / self.batch_size
-
-  @property
-  def network_per_sample(self) -> float:
-    """Bytes between nodes."""
-    return sum(x for _, x in self.network) * self.devices / self.batch_size
-
-  def to_json(self) -> str:
-    return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-  @classmethod
-  def from_json(cls, text: str) -> "Plan":
-    """The inverse of to_json."""
-    fields = json.loads(text)
-    fields["reports"] = tuple(TierReport(**r) for r in fields["reports"])
-    for name in ("seconds", "sent", "memory", "network"):
-      fields[name] = tuple((k, v) for k, v in fields.get(name, ()))
-    return cls(**fields)
 
 
 def make_problem(
@@ -196,6 +96,7 @@ def solve(
   capacity: int = 0,
   syncs: tuple[str, ...] = cuts.HOT_SYNCS,
   ways: tuple[Transport, ...] = (),
+  pooled: tuple[str, ...] | None = None,
 ) -> Plan:
   """Chooses the cut points and the capacities.
 
@@ -208,6 +109,7 @@ def solve(
     capacity: of every buffer, where > 0.
     syncs: how hot gradients may meet, to choose from.
     ways: how sharded rows may travel; none = all that the mesh has.
+    pooled: tables that owners pool, of several devices; None = as it is best.
 
   Raises:
     UserError: the rows do not fit.
@@ -252,43 +154,89 @@ def solve(
     problem, fit, host_rows, hot_rows, warm_rows, syncs, ways
   )
   assert chosen is not None  # hot and warm from above fit
-  return _finish(problem, *chosen, capacity)
+  best = *chosen, None
+  if cuts.FLAT in (ways or (cuts.FLAT,)):  # the owners of all devices pool
+    if chosen[-1] != cuts.FLAT:
+      chosen = cuts.best_cuts(
+        problem, fit, host_rows, hot_rows, warm_rows, syncs, (cuts.FLAT,)
+      )
+    best = _pooled(
+      problem,
+      best,
+      chosen,
+      fit,
+      host_rows,
+      fixed=hot_rows >= 0 or warm_rows >= 0,
+      pooled=pooled,
+    )
+  return _finish(problem, *best, capacity)
 
 
-def _finish(problem, hot, warm_end, sync, way, capacity) -> Plan:
+def _pooled(problem, best, flat, fit, host_rows, fixed, pooled):
+  """The cheaper of `best` and of the flat exchange with tables pooled.
+
+  Of cut points, sync, transport and owners.Choice; as asked for, where the
+  tables are given.
+  """
+  if flat is None:
+    return best
+  names = [t.name for t in problem.spectrum.tables]
+  tables = None if pooled is None else tuple(map(names.index, pooled))
+  hot, end, sync, choice = owners.best(
+    problem, flat[:3], fit, host_rows, fixed=fixed, tables=tables
+  )
+  if choice is None:
+    return best
+  if pooled is None:
+    of_best = float(problem.cost_of_cuts(*best[:4]))
+    if float(problem.evaluate(choice.load)) >= of_best:
+      return best
+  return hot, end, sync, cuts.FLAT, choice
+
+
+def _finish(problem, hot, warm_end, sync, way, choice, capacity) -> Plan:
   """The plan of chosen cuts: capacities and reports."""
   s, work = problem.spectrum, problem.work
   n, rows = work.devices, s.rows
-  uses = s.below(s.uses)
+  uses, spare = s.below(s.uses), choice.spare if choice else 0
   ranges = ((0, hot), (hot, warm_end), (warm_end, rows))
   slots = {
     "hot": hot,
-    "warm": cuts.slots_of(warm_end - hot, way.warm_owners(work)),
+    "warm": cuts.slots_of(warm_end - hot + spare, way.warm_owners(work)),
     "cold": cuts.slots_of(rows - warm_end, n) * n,
   }
   load = problem.load_of_cuts(hot, warm_end, sync, way, capacity)
+  if choice:
+    warm = float(choice.load.warm)
+    if capacity:
+      most = min(-(-(warm_end - hot + spare) // n), work.ids)
+      warm = float(n * min(capacity, most))
+    load = dataclasses.replace(load, warm=warm, pooled=choice.load.pooled)
   near = round(float(load.warm)), round(float(load.cold))
   far = round(float(load.far_warm or 0)), round(float(load.far_cold or 0))
   buffers = 0, near[0] + far[0], near[1] + far[1]
   reports = []
   for name, (start, stop), held in zip(slots, ranges, buffers, strict=True):
+    distinct = float(problem.distinct(start, stop))
+    if choice and name == "warm":
+      distinct = choice.distinct
     reports.append(
       TierReport(
         rows=stop - start,
         bytes=slots[name] * work.stored,
         share=float(uses.between(start, stop)) / max(float(uses(rows)), 1e-30),
-        distinct=float(problem.distinct(start, stop)),
+        distinct=distinct,
         buffer_bytes=held * 2 * (cost.ID_BYTES + 4 * work.dim),
       )
     )
   return Plan(
     devices=n,
     batch_size=work.batch_size,
-    rows=rows,
+    rows=rows + spare,
     dim=work.dim,
     dtype="float32" if work.row_bytes == 4 * work.dim else "bfloat16",
     hot=hot,
-    warm_end=warm_end,
+    warm_end=warm_end + spare,
     capacity_warm=near[0] // way.warm_owners(work),
     capacity_cold=near[1] // n,
     reports=tuple(reports),
@@ -299,11 +247,17 @@ def _finish(problem, hot, warm_end, sync, way, capacity) -> Plan:
     warm_copies=way.warm_copies,
     capacity_far_warm=far[0] // work.nodes,
     capacity_far_cold=far[1] // work.nodes,
+    pooled=tuple((s.tables[t].name, o) for t, o in choice.owner.items())
+    if choice
+    else (),
+    spare=spare,
     topology=problem.topology.name,
     seconds=_terms(step_cost.step_seconds(work, problem.topology, load)),
     sent=_terms(step_cost.sent_bytes(work, load)),
     memory=_terms(
-      step_cost.device_bytes(work, hot, slots["warm"], sum(buffers))
+      step_cost.device_bytes(
+        work, hot, slots["warm"], sum(buffers), load.pooled
+      )
     ),
     network=_terms(step_cost.network_bytes(work, load)),
   )
@@ -344,46 +298,3 @@ def _itemsize(dtype: str) -> int:
 
 def _mb(size: int) -> int:
   return -(-int(size) >> 20)
-
-
-def describe(plan: Plan) -> str:
-  """The plan as a table to print."""
-  lines = [
-    f"plan: {plan.rows:,} rows x {plan.dim} {plan.dtype} on {plan.devices} "
-    f"device(s), global batch {plan.batch_size:,}",
-    f"{'tier':5} {'rows':>13} {'memory':>18} {'accesses':>9} "
-    f"{'distinct/step':>14} {'buffer rows':>12} {'buffers':>10}",
-  ]
-  capacities = (0, plan.capacity_warm, plan.capacity_cold)
-  wheres = ("a device", "a device", "of hosts")
-  for name, r, c, where in zip(
-    ("hot", "warm", "cold"), plan.reports, capacities, wheres, strict=True
-  ):
-    size = f"{r.bytes / 2**20:,.1f} MB {where}"
-    owners = plan.warm_owners if name == "warm" else plan.devices
-    buffers = f"{owners} x {c:,}" if c else "-"
-    lines.append(
-      f"{name:5} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
-      f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
-    )
-  if plan.nodes > 1:
-    lines.append(
-      f"{plan.nodes} nodes of {plan.node_devices}: {plan.exchange} exchange, "
-      f"{plan.warm_copies} {'copy' if plan.warm_copies == 'one' else 'copies'} "
-      f"of warm rows, {plan.network_per_sample:,.0f} bytes a sample between "
-      "nodes"
-    )
-  if plan.seconds:
-    total = plan.step_seconds
-    lines.append(
-      f"predicted on {plan.topology}: {total * 1e3:,.3f} ms a step, "
-      f"{plan.batch_size / total:,.0f} samples/s, "
-      f"{plan.bytes_per_sample:,.0f} bytes a sample"
-    )
-    for title, terms, scale, unit in (
-      ("time", plan.seconds, 1e3, "ms"),
-      ("memory of a device", plan.memory, 2**-20, "MB"),
-    ):
-      parts = [f"{k} {v * scale:,.3g}" for k, v in terms if v * scale >= 5e-4]
-      lines.append(f"  {title} ({unit}): {', '.join(parts)}")
-  return "\n".join(lines)

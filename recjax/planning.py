@@ -23,7 +23,7 @@ from recjax.blocks import Blocks
 from recjax.config import Config
 from recjax.cuts import Problem, Transport
 from recjax.errors import UserError
-from recjax.planner import Plan
+from recjax.plan import Plan, describe
 from recjax.prepare import Prepared
 from recjax.spectrum import Spectrum, Table
 from recjax.topology import Topology
@@ -95,6 +95,7 @@ def run(
     capacity=c.capacity,
     syncs=(c.hot_sync,) if c.hot_sync else cuts.HOT_SYNCS,
     ways=transports(config, problem),
+    pooled=pooled_tables(c.pooled, problem, prepared),
   )
   workdir.mkdir(parents=True, exist_ok=True)
   placed = baselines.compare(problem, result, device_bytes, hosts * host_bytes)
@@ -103,10 +104,11 @@ def run(
   name = "serving_plan" if serving else "plan"
   write(workdir / f"{name}.json", result.to_json())
   write(workdir / f"{name}.html", page)
-  report(planner.describe(result))
+  report(describe(result))
   report(baselines.describe(placed))
   if c.topology:
-    report(describe_batches(batch_sizes(problem)))
+    pooled = tuple(name for name, _ in result.pooled)
+    report(describe_batches(batch_sizes(problem, pooled)))
   return result
 
 
@@ -156,6 +158,37 @@ def write(path: pathlib.Path, text: str) -> None:
   part.rename(path)
 
 
+def pooled_tables(
+  wanted: str, problem: Problem, prepared: Prepared | None
+) -> tuple[str, ...] | None:
+  """The tables that plan.pooled names by themselves or a feature; None = any.
+
+  Raises:
+    UserError: there is no such table, or an owner cannot pool it.
+  """
+  if wanted in ("", "none"):
+    return () if wanted else None
+  tables = {t.name: t for t in problem.spectrum.tables}
+  features = prepared.schema.features if prepared else ()
+  table_of = {f.name: f.table for f in features} | {t: t for t in tables}
+  found = []
+  for name in map(str.strip, wanted.split(",")):
+    if name not in table_of:
+      raise UserError(
+        f"plan.pooled: there is no table or feature {name!r}; there are "
+        f"{', '.join(table_of)}. Or use none"
+      )
+    if not tables[table_of[name]].bags:
+      users = [f.name for f in features if f.table == table_of[name]]
+      raise UserError(
+        f"plan.pooled: {name}: owners pool only sums and means without "
+        f"weights, and not all features of table {table_of[name]} "
+        f"({', '.join(users) or name}) are; leave it out"
+      )
+    found.append(table_of[name])
+  return tuple(dict.fromkeys(found))
+
+
 def problem_of(
   config: Config,
   prepared: Prepared | None,
@@ -173,8 +206,9 @@ def problem_of(
         f"data.hotness: {len(hotness)} numbers for the "
         f"{len(config.data.rows)} tables of data.rows"
       )
+    bags = int(not config.data.weighted)
     tables = tuple(
-      Table(f"C{i + 1}", *x)
+      Table(f"C{i + 1}", *x, bags)
       for i, x in enumerate(zip(config.data.rows, hotness, strict=True))
     )
     s = spectrum.power_law(tables, config.plan.exponent)
@@ -183,11 +217,14 @@ def problem_of(
     schema = prepared.schema
     columns, inputs = schema.columns, len(schema.dense)
     activations = sum(f.activations for f in schema.features)
-    hotness = tuple(
-      sum(f.hotness for f in schema.features if f.table == name)
+    users = [
+      [f for f in schema.features if f.table == name]
       for name in prepared.profile.tables
-    )
-    s = spectrum.of_profile(prepared.profile, hotness)
+    ]
+    hotness = tuple(sum(f.hotness for f in of) for of in users)
+    plain = lambda f: f.pooling != "none" and not f.weighted
+    bags = tuple(len(of) if all(map(plain, of)) else 0 for of in users)
+    s = spectrum.of_profile(prepared.profile, hotness, bags=bags)
     local = max(config.train.batch_size // devices, 1)
     s = dataclasses.replace(s, measured=measure(prepared, s, local))
   return planner.make_problem(
@@ -257,10 +294,13 @@ def budgets(problem: Problem) -> tuple[int, int]:
   return int(device), int(_TABLE_SHARE * t.host_memory)
 
 
-def batch_sizes(problem: Problem) -> dict[int, Plan]:
+def batch_sizes(
+  problem: Problem, pooled: tuple[str, ...] = ()
+) -> dict[int, Plan]:
   """Global batch size -> plan: powers of two times n, as far as they fit.
 
-  Activations and buffers of larger batches leave less for tables.
+  `pooled` are the tables that owners pool at every size. Activations and
+  buffers of larger batches leave less for tables.
   """
   n, t = problem.work.devices, problem.topology
   plans = {}
@@ -271,7 +311,11 @@ def batch_sizes(problem: Problem) -> dict[int, Plan]:
     device, host = budgets(of_size)
     try:
       plans[size] = planner.solve(
-        of_size, hosts=t.hosts(n), device_bytes=device, host_bytes=host
+        of_size,
+        hosts=t.hosts(n),
+        device_bytes=device,
+        host_bytes=host,
+        pooled=pooled,
       )
     except UserError:
       continue

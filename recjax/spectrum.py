@@ -28,14 +28,15 @@ class Table:
   name: str
   rows: int
   hotness: int = 1  # lookups of a sample, at most
-  bags: tuple[float, ...] = ()  # P(0, 1, ... lookups); () = always hotness
+  bags: int = 1  # features that look it up; 0: its owner cannot pool them
+  sizes: tuple[float, ...] = ()  # P(0, 1, ... lookups); () = always hotness
 
   @property
   def lookups(self) -> float:
     """Of a sample, expected."""
-    if not self.bags:
+    if not self.sizes:
       return self.hotness
-    return float(np.arange(len(self.bags)) @ self.bags)
+    return float(np.arange(len(self.sizes)) @ self.sizes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,6 +49,10 @@ class Spectrum:
   uses: np.ndarray  # [K] float64, a row's lookups a sample
   measured: "Measured | None" = None
   assumed: str = ""  # where no data was counted: what was assumed
+  # Where a table has several lookups: [T, K] int64, whose rows a bucket's are,
+  # and [R] int16, each row's table, where rows were counted.
+  of_table: np.ndarray | None = None
+  table: np.ndarray | None = None
 
   @property
   def rows(self) -> int:
@@ -64,6 +69,22 @@ class Spectrum:
     if self.measured is not None:
       pi = np.minimum(pi * self.measured.ratio(self, samples), 1.0)
     return pi
+
+  def of_tables(self, start: int, stop: int) -> np.ndarray:
+    """[T, K] float64: rows of each table and bucket, of ranks [start, stop)."""
+
+    def below(rank):
+      k = int(np.searchsorted(self.ends, rank, side="right")) - 1
+      rows = np.where(np.arange(len(self.count)) < k, self.of_table, 0.0)
+      if k < len(self.count):
+        first = int(self.ends[k])
+        part = self.of_table[:, k] * ((rank - first) / self.count[k])
+        if self.table is not None:  # rows of equal counts are in no mixed order
+          part = np.bincount(self.table[first:rank], minlength=len(part))
+        rows[:, k] = part
+      return rows
+
+    return below(stop) - below(start)
 
   def below(self, values) -> "Below":
     """The sum of a bucket's value over all rows of rank < r, for any r."""
@@ -95,7 +116,10 @@ class Below:
 
 
 def of_profile(
-  profile: Profile, hotness: tuple[int, ...] = (), measured=None
+  profile: Profile,
+  hotness: tuple[int, ...] = (),
+  measured=None,
+  bags: tuple[int, ...] = (),
 ) -> Spectrum:
   """One pass over the counts.
 
@@ -103,6 +127,7 @@ def of_profile(
     profile: the row space.
     hotness: lookups of a sample, a table; () = one each.
     measured: distinct rows of real batches, to correct pi with.
+    bags: features that look a table up, see Table; () = one each.
   """
   counts, samples = profile.counts, max(profile.samples, 1)
   top = int(counts[0])
@@ -115,28 +140,33 @@ def of_profile(
   ends = ends[ends > 0]
   starts = np.concatenate([[0], ends[:-1]])
   sums = np.zeros(len(ends))
-  mass = np.zeros(len(ends))
   hotness = hotness or (1,) * len(profile.tables)
-  plain = max(hotness) == 1
+  plain, width = max(hotness) == 1, len(hotness)
+  bags = bags or (1,) * width
+  of_table = None if plain else np.zeros((width, len(ends)), np.int64)
   for at in range(0, len(counts), _SLICE):
     part = counts[at : at + _SLICE]
     first, last = np.searchsorted(ends, [at, at + len(part) - 1], "right")
     cuts = np.maximum(starts[first : last + 1] - at, 0)
     sums[first : last + 1] += np.add.reduceat(part, cuts)
-    if not plain:
-      h = np.asarray(hotness)[profile.table[at : at + len(part)]]
-      r = np.minimum(part / samples / h, 1.0)
-      mass[first : last + 1] += np.add.reduceat(
-        cost.touch_probability(r, h), cuts
-      )
+    if of_table is not None:
+      table = profile.table[at : at + len(part)]
+      for k, rows in enumerate(np.split(table, cuts[1:]), int(first)):
+        of_table[:, k] += np.bincount(rows, minlength=width)
   count = ends - starts
   uses = sums / count / samples
-  p = np.minimum(uses, 1.0) if plain else np.minimum(mass / count, 1.0)
+  p = np.minimum(uses, 1.0)
+  if of_table is not None:
+    h = np.asarray(hotness)[:, None]
+    each = cost.touch_probability(np.minimum(uses / h, 1.0), h)  # [T, K]
+    p = np.minimum(np.sum(of_table * each, axis=0) / count, 1.0)
   rows = np.bincount(profile.table, minlength=len(profile.tables))
   tables = tuple(
-    Table(*x) for x in zip(profile.tables, rows.tolist(), hotness, strict=True)
+    Table(*x)
+    for x in zip(profile.tables, rows.tolist(), hotness, bags, strict=True)
   )
-  return Spectrum(tables, count, p, uses, measured)
+  whose = None if plain else profile.table
+  return Spectrum(tables, count, p, uses, measured, "", of_table, whose)
 
 
 def _at_least(counts, edges):  # [R] descending, [E] -> [E]
@@ -176,17 +206,25 @@ def power_law(tables: tuple[Table, ...], exponent: float) -> Spectrum:
     mass = _integral(a, b, s)
     mass[:head] = weights
     r = np.minimum(mass / norm / (b - a), 1.0)
-    p = cost.bag_probability(r, table.bags or table.hotness)
+    p = cost.bag_probability(r, table.sizes or table.hotness)
     parts.append((b - a, p, table.lookups * r))
   count, p, uses = (np.concatenate(x) for x in zip(*parts, strict=True))
   order = np.argsort(-p, kind="stable")
-  count, p, uses = _merge(count[order], p[order], uses[order])
+  whose = np.repeat(np.arange(len(parts)), [len(x[0]) for x in parts])[order]
+  size = count[order]
+  count, p, uses, starts = _merge(size, p[order], uses[order])
+  of_table = None
+  if any(t.hotness > 1 for t in tables):
+    bucket = np.searchsorted(starts, np.arange(len(size)), side="right") - 1
+    of_table = np.zeros((len(tables), len(count)), np.int64)
+    np.add.at(of_table, (whose, bucket), size)
   return Spectrum(
     tables,
     count,
     p,
     uses,
     assumed=f"no data counted: every table a power law of exponent {s:g}",
+    of_table=of_table,
   )
 
 
@@ -199,12 +237,12 @@ def _integral(a, b, s):
 
 
 def _merge(count, p, uses):
-  """Neighbours whose p is within EPS become one bucket."""
+  """Neighbours whose p is within EPS become one bucket; where each starts."""
   key = np.floor(np.log(np.maximum(p, 1e-300)) / math.log1p(EPS))
   starts = np.flatnonzero(np.concatenate([[True], np.diff(key) != 0]))
   rows = np.add.reduceat(count, starts)
   mean = lambda x: np.add.reduceat(x * count, starts) / rows
-  return rows, mean(p), mean(uses)
+  return rows, mean(p), mean(uses), starts
 
 
 # ---- Batches that are not independent

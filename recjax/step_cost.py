@@ -5,7 +5,7 @@ The model of the step in lookup.py and exchange.py, as it runs: numpy only.
 
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,6 +97,17 @@ class Work:
     return self.row_bytes + self.slot_bytes
 
 
+class Pooled(NamedTuple):
+  """What pooling tables at their owners asks of a step."""
+
+  ids: float  # that a device sends to the owners, itself included
+  vectors: float  # that it gets back
+  owner_ids: float  # that the busiest owner gets of all devices
+  owner_vectors: float  # that the owner of the most sends to all
+  distinct: float  # rows that the busiest owner updates
+  calls: tuple[int, int]  # collectives one after the other: of ids, of vectors
+
+
 @dataclasses.dataclass(frozen=True)
 class Load:
   """What a placement asks of a step: rows of a device, numbers or arrays."""
@@ -112,6 +123,7 @@ class Load:
   far_warm: Any = None
   far_cold: Any = None
   copies: bool = False  # every node has its own copy of the warm rows
+  pooled: Pooled | None = None
 
 
 def _owned(work: Work, load: Load):
@@ -175,14 +187,28 @@ def network_bytes(work: Work, load: Load):
     shared = cost.all_reduced_bytes(shared, nodes)[1] / g
   else:
     shared = cost.gathered_bytes(load.gathered, work.wire_bytes, nodes)[1]
+  sent |= _pooled_sent(work, load.pooled, (n - g) / n)
   return sent | {"hot gradients": train * shared}
+
+
+def _pooled_sent(work: Work, pooled: Pooled | None, share: float):
+  """Bytes by kind, where this share of what goes to and fro leaves."""
+  if pooled is None:
+    return {}
+  vectors = pooled.vectors * work.wire_bytes * share
+  return {
+    "pooled ids": pooled.ids * cost.ID_BYTES * share,
+    "pooled vectors": vectors,
+    "pooled gradients": work.train * vectors,
+  }
 
 
 def sent_bytes(work: Work, load: Load):
   """Bytes that a device sends in a step for its rows, links and host.
 
   Returns:
-    {"ids", "rows", "gradients", "hot gradients", "host"}.
+    {"ids", "rows", "gradients", "hot gradients", "host"}, and where tables are
+    pooled {"pooled ids", "pooled vectors", "pooled gradients"}.
   """
   n, nodes, train = work.devices, work.nodes, float(work.train)
   g, hot, wide = n // nodes, load.hot, 4 * work.dim
@@ -192,11 +218,12 @@ def sent_bytes(work: Work, load: Load):
     shared = cost.all_reduced_bytes(hot * 4.0 * (work.dim + 1), n)[1]
   else:
     shared = cost.gathered_bytes(load.gathered, work.wire_bytes, n)[1]
-  return sent | {
+  sent = sent | {
     "hot gradients": train * shared,
     # The optimizer runs on the host: the row up; its gradient and slots down.
     "host": cold * (8 + work.row_bytes + train * (8 + wide)),
   }
+  return sent | _pooled_sent(work, load.pooled, (n - 1) / n)
 
 
 def step_seconds(work: Work, t: Topology, load: Load):
@@ -271,7 +298,7 @@ def step_seconds(work: Work, t: Topology, load: Load):
     * np.maximum(work.dense.flops / matmul, 2 * moved / t.stream)
   )
   host_rows = own_cold * (work.row_bytes + train * 2.0 * work.stored)
-  return {
+  terms = {
     "route": sorted_keys / t.sort,
     "gather": near / t.stream + far / t.gather,
     "all-to-all": trips,
@@ -283,18 +310,58 @@ def step_seconds(work: Work, t: Topology, load: Load):
     "optimizer": train * optimizer,
     "launch": t.launch + 0.0 * hot,
   }
+  if load.pooled is not None:
+    for term, seconds in _pooled_seconds(work, t, load.pooled).items():
+      terms[term] = terms[term] + seconds
+  return terms
 
 
-def device_bytes(work: Work, hot, warm_slots, buffers) -> dict[str, float]:
+def _pooled_seconds(work: Work, t: Topology, pooled: Pooled):
+  """What pooling adds to a step; its terms are those of the busiest owner.
+
+  It gets as many bytes as in an all-to-all in which all owners are as busy;
+  layers beyond the first all-to-all are shifts, each with its latency.
+  """
+  n, train, wide = work.devices, float(work.train), 4 * work.dim
+  ids, vectors = pooled.owner_ids, pooled.owner_vectors
+  trips, of_ids = 0.0, (ids * cost.ID_BYTES, pooled.calls[0])
+  of_vectors = (vectors * work.wire_bytes, pooled.calls[1])
+  latency = cost.all_to_all_seconds(1e-9, n, t)
+  for size, calls in (of_ids, of_vectors) + work.train * (of_vectors,):
+    trips += cost.all_to_all_seconds(size, n, t) + (calls - 1) * latency
+  # Rows are added to vectors, a vector's gradient to rows.
+  near = (1 + train) * (ids + vectors + pooled.vectors) * wide
+  return {
+    "route": train * ids / t.sort,
+    "gather": near / t.stream + ids * work.row_bytes / t.gather,
+    "all-to-all": trips,
+    "optimizer": train * 2.0 * pooled.distinct * work.stored / t.gather,
+  }
+
+
+def device_bytes(
+  work: Work, hot, warm_slots, buffers, pooled: Pooled | None = None
+) -> dict[str, float]:
   """Memory of a device by kind.
 
   Args:
     work: the step.
     hot: replicated rows; warm_slots: rows of the device's shard.
     buffers: rows n C of all exchange buffers.
+    pooled: where tables are.
   """
   wide, ids = 4 * work.dim, work.ids
-  return {
+  extra = {}
+  if pooled is not None:
+    # Slots before and after they travel; keys sorted and summed gradients;
+    # vectors and their gradients, before and after they travel.
+    rows = min(pooled.owner_ids, warm_slots)
+    extra["pooled"] = (
+      pooled.owner_ids * (2 * cost.ID_BYTES + work.train * 20)
+      + work.train * rows * wide
+      + pooled.owner_vectors * (1 + work.train) * (wide + 2 * work.wire_bytes)
+    )
+  return extra | {
     "replicas": hot * work.stored,
     "tables": warm_slots * work.row_bytes,
     "slots": warm_slots * work.slot_bytes,

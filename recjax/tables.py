@@ -19,7 +19,7 @@ from jax.experimental import compute_on as compute_on_lib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recjax.mesh import AXIS, DEVICES
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.sparse_optim import Optimizer
 
 # The function form, which took over the name after jax 0.10.
@@ -144,11 +144,18 @@ def initial_rows(ranks, dim: int, scale: float, seed):
 
 
 def init(
-  plan: Plan, optimizer: Optimizer, mesh: Mesh, scale: float, seed: int
+  plan: Plan,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  scale: float,
+  seed: int,
+  warm_ranks: np.ndarray | None = None,
 ) -> Tables:
   """Rows uniform in +-scale by (seed, rank, column), slots 0.
 
   Every shard is computed where it belongs, without a temporary copy.
+  `warm_ranks` [warm] int32 are those of the warm positions, where they are not
+  in order; a position without a row, -1, gets zeros.
   """
 
   def tier(ranks, seed):
@@ -159,10 +166,10 @@ def init(
       for name, wide in optimizer.slots.items()
     }
     rows = initial_rows(ranks, plan.dim, scale, seed).astype(plan.dtype)
-    return Tier(rows, slots)
+    return Tier(jnp.where(ranks[..., None] < 0, 0, rows), slots)
 
-  def sharded(name, slots):
-    first, (owners, _) = first_rank(plan, name), owners_of(plan, name)
+  def sharded(first, name, slots):
+    owners, _ = owners_of(plan, name)
 
     def make(owner, seed):
       slot = lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
@@ -173,26 +180,37 @@ def init(
   def owner(name):
     return lax.axis_index(owners_of(plan, name)[1]).astype(jnp.int32)
 
-  def make(seed):  # of a device's shard
+  def make(seed, warm_ranks):  # of a device's shard
     hot = warm = cold = None
     if plan.hot:
       hot = tier(lax.iota(jnp.int32, plan.hot), seed)
-    if plan.warm:
-      warm = sharded("warm", plan.warm_slots)(owner("warm"), seed)
+    if warm_ranks is not None:
+      warm = tier(warm_ranks, seed)
+    elif plan.warm:
+      warm = sharded(plan.hot, "warm", plan.warm_slots)(owner("warm"), seed)
     if plan.cold:
-      make_cold = on_host(sharded("cold", plan.cold_slots))
+      first = plan.warm_end - plan.spare
+      make_cold = on_host(sharded(first, "cold", plan.cold_slots))
       cold = make_cold(*jax.device_put((owner("cold"), seed), HOST))
     return Tables(hot, warm, cold)
 
+  place = PartitionSpec(None, AXIS)
+  if warm_ranks is not None:
+    padding = plan.warm_slots * plan.devices - len(warm_ranks)
+    ranks = np.pad(warm_ranks, (0, padding), constant_values=-1)
+    ranks = ranks.reshape(-1, plan.devices)
+    warm_ranks = jax.make_array_from_callback(
+      ranks.shape, NamedSharding(mesh, place), lambda i: ranks[i]
+    )
   make = jax.shard_map(
     make,
     mesh=mesh,
-    in_specs=PartitionSpec(),
+    in_specs=(PartitionSpec(), place),
     out_specs=specs(plan, optimizer),
     check_vma=False,
   )
   make = jax.jit(make, out_shardings=shardings(plan, optimizer, mesh))
-  return make(np.uint32(seed))
+  return make(np.uint32(seed), warm_ranks)
 
 
 def _blocks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:

@@ -16,6 +16,7 @@ from recjax import (
   frequency,
   models,
   planning,
+  positions,
   progress,
   sparse_optim,
   tables,
@@ -27,7 +28,7 @@ from recjax import (
 from recjax import prepare as prepare_lib
 from recjax.config import Config
 from recjax.errors import UserError
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.prepare import Prepared
 from recjax.train_step import Model, TrainState
 
@@ -149,8 +150,9 @@ def _build(
   )
   dense = (params, model.dense_optimizer.init(params), np.int32(0))
   params, opt_state, step = jax.device_put(dense, mesh_lib.replicated(mesh))
+  ranks = positions.warm_ranks(plan_, prepared.profile)
   rows = tables.init(
-    plan_, model.sparse_optimizer, mesh, e.init_scale, config.seed
+    plan_, model.sparse_optimizer, mesh, e.init_scale, config.seed, ranks
   )
   return model, TrainState(step, params, opt_state, rows)
 
@@ -179,7 +181,9 @@ def _restore(config, prepared, directory, step, state, model, mesh, report):
   meta = checkpoint.read_meta(directory, step)
   checkpoint.check_identity(directory, step, meta, _identity(config, prepared))
   report(f"restoring step {step} of {directory}")
-  state = checkpoint.restore(directory, step, meta, state, model, mesh)
+  state = checkpoint.restore(
+    directory, step, meta, state, model, mesh, prepared.profile
+  )
   return state, meta
 
 
@@ -194,6 +198,7 @@ def _evaluate(config, prepared, model, state, mesh, report) -> dict:
     local,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    positions_of=positions.from_ranks(model.plan, prepared.profile),
   )
   forward = train_step.make_forward(model, mesh)
   return evaluate.run(
@@ -271,6 +276,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     shuffle_blocks=config.data.shuffle_blocks,
     process_index=jax.process_index(),
     process_count=processes,
+    positions_of=positions.from_ranks(plan_, prepared.profile),
   )
   directory.mkdir(parents=True, exist_ok=True)  # on all, or none looks
   first = checkpoint.newest(directory) or 0

@@ -13,7 +13,7 @@ from recjax import lookup
 from recjax import mesh as mesh_lib
 from recjax import tables as tables_lib
 from recjax.mesh import AXIS
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.sparse_optim import Optimizer
 from recjax.specs import Feature
 from recjax.tables import Tables

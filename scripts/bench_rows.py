@@ -21,7 +21,7 @@ import optax
 
 from recjax import sparse_optim, tables, train_step
 from recjax.mesh import batch_sharding, make_mesh, replicated
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.specs import Feature
 
 FEATURES = tuple(Feature(f"C{i}", f"C{i}") for i in range(26))

@@ -36,7 +36,7 @@ from recjax import (
   train_step,
 )
 from recjax.mesh import batch_sharding, make_mesh, replicated, simulate_devices
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.specs import Feature
 
 DEVICES, NODES, LOCAL = 8, 2, 8_192

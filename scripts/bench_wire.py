@@ -54,6 +54,11 @@ CASES = {
     "plan.exchange": "two_stage",
     "plan.warm_copies": "node",
   },
+  "two tables pooled at their owners": {"plan.pooled": "C3,C12"},
+  "one table pooled, in bfloat16": {
+    "plan.pooled": "C3",
+    "embedding.exchange_dtype": "bfloat16",
+  },
 }
 
 
@@ -66,6 +71,9 @@ def base_config(processes: int) -> config_lib.Config:
   c.data.block_samples = 4_096
   c.model.bottom, c.model.top = (64, 32), (64, 32)
   c.mesh.devices = processes
+  # Two tables with long bags, coalesced but in the cases that pool them.
+  c.data.synthetic.hotness = (*[1, 1, 20], *[1] * 8, 8, *[1] * 14)
+  c.plan.pooled = "none"
   c.plan.hot_rows, c.plan.warm_rows = 2_000, 40_000
   c.train.batch_size = 8_192 * processes
   return c
@@ -103,7 +111,15 @@ def work(index: int, count: int, args) -> None:
   """One process; process 0 prints."""
   import jax
 
-  from recjax import batches, distributed, evaluate, exchange, train, train_step
+  from recjax import (
+    batches,
+    distributed,
+    evaluate,
+    exchange,
+    positions,
+    train,
+    train_step,
+  )
   from recjax import mesh as mesh_lib
 
   quiet = lambda _: None
@@ -143,6 +159,7 @@ def work(index: int, count: int, args) -> None:
       epochs=None,
       process_index=index,
       process_count=count,
+      positions_of=positions.from_ranks(plan, prepared.profile),
     )
     step = train_step.make_train_step(model, mesh)
     rounds = 0

@@ -15,11 +15,12 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from recjax import checkpoint, sparse_optim, tables, train_step
+from recjax import checkpoint, positions, sparse_optim, tables, train_step
 from recjax.checkpoint import Identity
 from recjax.errors import UserError
+from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, make_mesh, replicated
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.specs import Feature
 
 ROWS, DIM, BATCH, DENSE = 50_003, 8, 16, 3
@@ -30,6 +31,9 @@ IDENTITY = Identity(
   "0123456789abcdef" * 4,
   ROWS,
 )
+# Ties are sorted by table, so ranks of a table come in runs.
+TABLE = np.repeat(np.int16([0, 1, 0, 1]), [9_000, 11_000, 25_003, 5_000])
+PROFILE = Profile(1, ("t", "u"), np.ones(ROWS, np.int64), TABLE)
 # devices, hot, warm_end, and the devices of a node with a copy of warm rows
 PLANS = {
   "mixed": (8, 1_001, 20_000),
@@ -259,9 +263,9 @@ def test_rows_are_read_in_bounded_blocks(name, saved, monkeypatch):
   asked = []
   read = checkpoint._Stored.read
 
-  def spy(self, name, first, stop):
-    got = read(self, name, first, stop)
-    asked.append((name, first, stop, got.nbytes))
+  def spy(self, name, at):
+    got = read(self, name, at)
+    asked.append((name, at[0], at[-1] + 1, got.nbytes))
     return got
 
   monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", block)
@@ -285,7 +289,7 @@ import pathlib
 import numpy as np, optax
 from recjax import checkpoint, sparse_optim, tables, train_step
 from recjax.mesh import make_mesh, replicated
-from recjax.planner import Plan
+from recjax.plan import Plan
 
 rows, dim = 1_000_000, 32
 checkpoint._BLOCK_BYTES = 2 << 20
@@ -487,3 +491,50 @@ def test_checkpoint_of_another_vocabulary(saved):
   message = error_of(checkpoint.check_identity, directory, SAVED, meta, want)
   assert "another vocabulary (0123456789ab, 50003 rows" in message
   assert "this data set has ffffffffffff, 17 rows" in message
+
+
+# ---- Pooled tables, whose rows lie elsewhere
+
+
+def pooled_state(plan, seed):
+  mesh = make_mesh(plan.devices)
+  model = model_of("mixed")[0]._replace(plan=plan)
+  where = positions.of(plan, PROFILE)
+  ranks = where and where.ranks
+  t = tables.init(plan, OPTIMIZER, mesh, 0.5, seed, ranks)
+  return model, mesh, fresh("mixed", seed)._replace(tables=t), where
+
+
+@pytest.mark.parametrize("name", ["mixed", "1_cold"])
+def test_pooled_tables_move_to_other_plans_and_back(name, tmp_path):
+  pooled = dataclasses.replace(
+    make_plan("8_other_cuts"),
+    pooled=(("u", 6), ("t", 1)),
+    spare=49,
+    rows=ROWS + 49,
+    warm_end=49_000 + 49,
+  )
+  plain = make_plan(name)
+  model, mesh, state, where = pooled_state(pooled, 3)
+  want = rank_order(state.tables, pooled)
+  at = where.positions_of(np.arange(ROWS, dtype=np.int32))
+  want = jax.tree.map(lambda x: x[at], want)
+  sums = jax.device_get(checkpoint.make_checksums(model, mesh)(state.tables))
+  with checkpoint.manager(tmp_path) as to:
+    checkpoint.save(to, 1, state, pooled, IDENTITY, {}, 0, sums)
+  for step, plan in ((1, plain), (2, pooled), (1, pooled)):
+    model, mesh, state, where = pooled_state(plan, 9)
+    meta = checkpoint.read_meta(tmp_path, step)
+    state = checkpoint.restore(
+      tmp_path, step, meta, state, model, mesh, PROFILE
+    )
+    got = rank_order(state.tables, plan)
+    if where:
+      got = jax.tree.map(lambda x, at=at: x[at], got)
+    assert_same(got, want)
+    if step == 1 and plan == plain:
+      sums = jax.device_get(
+        checkpoint.make_checksums(model, mesh)(state.tables)
+      )
+      with checkpoint.manager(tmp_path) as to:
+        checkpoint.save(to, 2, state, plan, IDENTITY, {}, 0, sums)

@@ -13,7 +13,7 @@ from recjax import exchange, lookup, sparse_optim, tables
 from recjax.cuts import TRANSPORTS
 from recjax.exchange import NONE
 from recjax.mesh import AXIS, batch_sharding, make_mesh
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.specs import Feature
 from recjax.tables import Tier
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from recjax import cost, planner, presets
 from recjax.errors import UserError
 from recjax.frequency import Profile
-from recjax.planner import Plan
+from recjax.plan import Plan, describe
 
 MB = 1 << 20
 HUGE = 1 << 50
@@ -134,7 +134,7 @@ def test_a_plan_is_consistent_and_fits(case, chance):
   assert reports["hot"].buffer_bytes == 0
 
   assert Plan.from_json(p.to_json()) == p
-  text = planner.describe(p)
+  text = describe(p)
   for name, r in reports.items():
     (line,) = re.findall(rf"^{name} .*$", text, re.M)
     assert f" {r.rows:,} " in line

@@ -19,7 +19,7 @@ from recjax import (
 from recjax import prepare as prepare_lib
 from recjax.config import Config
 from recjax.errors import UserError
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.spectrum import Table
 
 TERABYTE = (
@@ -225,6 +225,39 @@ def test_fewer_bytes_where_bytes_are_asked_for(tmp_path):
   least, _ = run(terabyte(plan__objective="bytes"), tmp_path, 64)
   assert least.bytes_per_sample <= time.bytes_per_sample
   assert least.step_seconds >= time.step_seconds
+
+
+def test_long_bags_are_pooled_at_owners(tmp_path):
+  config = terabyte(
+    data__rows=(2_000_000, 300_000, 50),
+    data__hotness=(100, 7, 1),
+    plan__objective="bytes",
+    train__batch_size=4_096,
+  )
+  plan, printed = run(config, tmp_path)
+  owner = dict(plan.pooled)
+  assert set(owner) == {"C1", "C2"} and owner["C1"] != owner["C2"]
+  assert f"C1 on {owner['C1']}" in printed
+  page = (tmp_path / "plan.html").read_text()
+  assert f"pooled at the owner: C1 on device {owner['C1']}" in page
+  assert "2,300,050 rows" in page and f"{2_300_050:,} rows" in printed
+  assert dict(plan.memory)["pooled"] > 0
+
+  config.plan.pooled = "none"
+  none, printed = run(config, tmp_path)
+  assert none.pooled == () and "pooled" not in printed
+  assert none.bytes_per_sample > plan.bytes_per_sample
+  config.plan.pooled = "C3, C2"
+  some, _ = run(config, tmp_path)
+  assert {name for name, _ in some.pooled} == {"C2", "C3"}
+  with pytest.raises(UserError, match=r"plan\.pooled: .*'C4'.* C1, C2, C3"):
+    config.plan.pooled = "C1,C4"
+    run(config, tmp_path)
+  with pytest.raises(UserError, match=r"plan\.pooled: C1: .*without weights"):
+    config.plan.pooled, config.data.weighted = "C1", True
+    run(config, tmp_path)
+  config.plan.pooled = ""
+  assert run(config, tmp_path)[0].pooled == ()
 
 
 def test_counted_data_are_corrected_and_used(tmp_path):

@@ -51,9 +51,9 @@ def test_small_counts_have_a_bucket_each():
 
 def test_bags_of_any_size():
   """Distinct rows of simulated batches, sizes drawn from a distribution."""
-  bags = (0.2, 0.3, 0.0, 0.1, 0.0, 0.4)
+  sizes = (0.2, 0.3, 0.0, 0.1, 0.0, 0.4)
   rows, samples, batches = 400, 64, 400
-  table = Table("t", rows, hotness=5, bags=bags)
+  table = Table("t", rows, hotness=5, sizes=sizes)
   assert table.lookups == pytest.approx(0.3 + 3 * 0.1 + 5 * 0.4)
   s = spectrum.power_law((table,), 1.1)
   assert s.count @ s.uses == pytest.approx(table.lookups)
@@ -61,8 +61,8 @@ def test_bags_of_any_size():
   rng = np.random.default_rng(0)
   found = 0
   for _ in range(batches):
-    sizes = rng.choice(len(bags), samples, p=bags)
-    found += len(np.unique(rng.choice(rows, sizes.sum(), p=r / r.sum())))
+    drawn = rng.choice(len(sizes), samples, p=sizes)
+    found += len(np.unique(rng.choice(rows, drawn.sum(), p=r / r.sum())))
   want = float(s.below(s.touched(samples))(rows))
   assert found / batches == pytest.approx(want, rel=0.005)
 

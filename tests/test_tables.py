@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recjax import sparse_optim, tables
 from recjax.mesh import make_mesh
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.tables import Tier
 
 ROWS, DIM = 1_003, 8

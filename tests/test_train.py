@@ -16,7 +16,7 @@ import pytest
 from recjax import config as config_lib
 from recjax import train
 from recjax.errors import UserError
-from recjax.planner import Plan
+from recjax.plan import Plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -85,6 +85,24 @@ def test_a_run_leaves_what_it_should(trained):
   assert (workdir / "checkpoints" / "vocabulary.parquet").exists()
   kept = [p.name for p in (workdir / "checkpoints").iterdir() if p.is_dir()]
   assert sorted(kept) == ["60", str(steps)]
+
+
+def test_tables_may_be_pooled_and_then_no_longer(tmp_path):
+  """What training wrote to an owner's rows is read where they are else."""
+  config = small_config(tmp_path)
+  config.mesh.devices = 2
+  config.data.synthetic.samples = 4_000
+  config.data.synthetic.hotness = (*[1, 1, 6], *[1] * 8, 3, *[1] * 14)
+  config.data.pooling = "mean"
+  config.plan.pooled = "C3,C12"
+  config.train.steps = 8
+  printed = []
+  pooled = train.train(config, tmp_path, printed.append)
+  assert "pooled at their owners: C3 on" in "\n".join(printed)
+  config.plan.pooled = "none"
+  config.plan.hot_rows = 50
+  plain = train.evaluate_checkpoint(config, tmp_path, quiet)
+  assert plain["log_loss"] == pytest.approx(pooled["log_loss"], abs=1e-6)
 
 
 def test_run_again_it_only_evaluates(trained):

@@ -21,7 +21,7 @@ from recjax import (
 )
 from recjax.cuts import FLAT, TRANSPORTS
 from recjax.mesh import batch_sharding, make_mesh, replicated
-from recjax.planner import Plan
+from recjax.plan import Plan
 from recjax.specs import Feature
 from recjax.step_cost import Load, Work
 

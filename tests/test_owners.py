@@ -1,0 +1,192 @@
+"""Pooled tables are those of least cost, and no owner's rows overflow."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recjax import cost, owners, planner, positions, presets, spectrum
+from recjax.frequency import Profile
+from recjax.plan import Plan, describe
+from recjax.spectrum import Table
+
+HUGE = 1 << 50
+
+
+def problem_of(s, devices=8, batch=512, **changes):
+  arguments = {
+    "devices": devices,
+    "batch_size": devices * batch,
+    "lookups": sum(t.hotness for t in s.tables),
+    "dim": 16,
+    "dtype": "float32",
+    "slot_bytes": 4,
+    "topology": presets.get("dgx_h200", devices),
+  }
+  return planner.make_problem(s, **(arguments | changes))
+
+
+def solve(problem, **changes):
+  arguments = {"hosts": 1, "device_bytes": HUGE, "host_bytes": HUGE}
+  return planner.solve(problem, **(arguments | changes))
+
+
+# ---- The choice
+
+
+@st.composite
+def instances(draw):
+  """Few tables, some with long bags, under any memory and machine."""
+  tables = tuple(
+    Table(
+      f"t{i}",
+      draw(st.sampled_from([1, 10, 1_000, 50_000, 2_000_000])),
+      draw(st.sampled_from([1, 2, 5, 30, 100])),
+      draw(st.sampled_from([1, 1, 1, 0])),
+    )
+    for i in range(draw(st.integers(1, 5)))
+  )
+  s = spectrum.power_law(tables, draw(st.sampled_from([0.8, 1.05, 1.45])))
+  n = draw(st.sampled_from([2, 8, 16]))
+  machine = draw(st.sampled_from(["cpu", "dgx_h200", "dgx_a100"]))
+  t = presets.get(machine, n)
+  slow = draw(st.sampled_from([1.0, 1e-3]))  # a network that is worth sparing
+  return problem_of(
+    s,
+    n,
+    draw(st.sampled_from([16, 512, 8_192])),
+    dim=draw(st.sampled_from([8, 128])),
+    topology=dataclasses.replace(t, link=t.link * slow),
+    objective=draw(st.sampled_from(["time", "bytes"])),
+    overflow_probability=draw(st.sampled_from([None, 1e-6])),
+  ), draw(st.sampled_from([0.0, 0.3, 4.0]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(instances())
+def test_no_other_set_of_tables_is_cheaper(instance):
+  problem, extra = instance
+  rows, n = problem.spectrum.rows, problem.work.devices
+  most = int(-(-rows // n) * (1 + extra))
+  pooling = owners.Pooling(problem, 0, rows, "dense", most)
+  price = lambda tables: problem.evaluate(pooling.choice(tables).load)
+  able = owners.candidates(problem)
+  every = itertools.chain.from_iterable(
+    itertools.combinations(able, k) for k in range(len(able) + 1)
+  )
+  least = min(map(price, every))
+  choice = owners.choose(pooling)
+  assert problem.evaluate(choice.load) <= least * (1 + 1e-9)
+  assert set(choice.owner) <= set(able)
+
+
+@pytest.mark.parametrize("objective", ["time", "bytes"])
+def test_cuts_and_tables_fit_each_other(objective):
+  """Never worse than without pooled tables, or with any given ones."""
+  tables = (Table("a", 50_000, 60), Table("b", 9_000, 20), Table("c", 400, 1))
+  s = spectrum.power_law(tables, 1.05)
+  slow = dataclasses.replace(presets.get("dgx_h200", 8), link=1e8)
+  problem = problem_of(s, objective=objective, topology=slow, dim=128)
+  chosen = solve(problem)
+  assert chosen.pooled
+  price = (
+    (lambda p: p.step_seconds)
+    if objective == "time"
+    else (lambda p: p.bytes_per_sample)
+  )
+  for names in itertools.chain.from_iterable(
+    itertools.combinations("ab", k) for k in range(3)
+  ):
+    p = solve(problem, pooled=names)
+    assert {name for name, _ in p.pooled} == set(names)
+    assert price(chosen) <= price(p) * (1 + 1e-9)
+  assert Plan.from_json(chosen.to_json()) == chosen
+  for name, owner in chosen.pooled:
+    assert f"{name} on {owner}" in describe(chosen)
+
+
+def test_one_device_and_one_hot_tables_pool_nothing():
+  long = spectrum.power_law((Table("a", 50_000, 60),), 1.05)
+  assert solve(problem_of(long, 1)).pooled == ()
+  short = spectrum.power_law((Table("a", 50_000), Table("b", 9)), 1.05)
+  assert solve(problem_of(short, objective="bytes")).pooled == ()
+  list_ = spectrum.power_law((Table("a", 50_000, 60, bags=0),), 1.05)
+  assert solve(problem_of(list_, objective="bytes")).pooled == ()
+
+
+def test_shards_grow_for_a_large_table_only_where_there_is_memory():
+  tables = (Table("a", 50_000, 60), Table("b", 50_000))
+  problem = problem_of(spectrum.power_law(tables, 1.05), objective="bytes")
+  roomy = solve(problem)
+  assert roomy.pooled and roomy.warm_slots >= 50_000
+  assert roomy.rows - roomy.spare == 100_000
+  fit = 20_000
+  tight = solve(problem, device_bytes=fit * problem.work.stored)
+  assert tight.spare > 0 and tight.hot + tight.warm_slots <= fit
+  least = 100_000 // 8 * problem.work.stored
+  none = solve(problem, device_bytes=least + 100)
+  assert none.cold > 0 and none.spare == 0
+  # What the owner cannot hold travels row by row.
+  sent = [p.bytes_per_sample for p in (roomy, tight, none)]
+  assert sent == sorted(sent) and sent[0] < sent[1]
+
+
+# ---- Buffers
+
+
+def counted(hotness, rows=4_000, samples=3_000, seed=0):
+  """A profile whose tables come in runs where counts are equal."""
+  rng = np.random.default_rng(seed)
+  counts = np.maximum((samples / np.arange(1, rows + 1) ** 1.1).astype(int), 1)
+  table = rng.integers(0, len(hotness), rows).astype(np.int16)
+  ends = np.flatnonzero(np.diff(counts)) + 1
+  for a, b in itertools.pairwise([0, *ends.tolist(), rows]):
+    table[a:b].sort()
+  names = tuple(f"t{i}" for i in range(len(hotness)))
+  return Profile(samples, names, counts, table)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize(
+  ("pooled", "cut", "memory"),
+  [
+    (("t0",), (0, 4_000), HUGE),
+    (("t0",), (0, 4_000), 700),
+    (("t0", "t2"), (7, 2_900), HUGE),
+    (("t0", "t1", "t2"), (3, 3_997), 900),
+  ],
+)
+def test_capacities_bound_every_owners_rows(devices, pooled, cut, memory):
+  hotness = (9, 1, 4, 1)
+  profile = counted(hotness)
+  problem = problem_of(
+    spectrum.of_profile(profile, hotness), devices, 100,
+    overflow_probability=1e-3,
+  )  # fmt: skip
+  fit = max(cut[0] + -(-(cut[1] - cut[0]) // devices) + 20, memory)
+  plan = solve(
+    problem,
+    device_bytes=fit * problem.work.stored,
+    hot_rows=cut[0],
+    warm_rows=cut[1] - cut[0],
+    pooled=pooled,
+  )
+  where = positions.of(plan, profile)
+  ranks = np.arange(cut[0], cut[1])
+  owner = (where.positions_of(ranks) - plan.hot) % devices
+  h = np.array(hotness)[profile.table[ranks]]
+  p = cost.touch_probability(profile.counts[ranks] / profile.samples / h, h)
+  pi = cost.touch_probability(p, 100)
+  owner_of = {profile.tables.index(t): o for t, o in plan.pooled}
+  home = np.array([owner_of.get(t, -1) for t in profile.table[ranks]])
+  alone = owner != home
+  assert plan.reports[1].distinct == pytest.approx(pi[alone].sum(), rel=1e-3)
+  each, needed = 1e-3 / (2 * devices * devices), []
+  for o in range(devices):
+    mine = pi[alone & (owner == o)]
+    bound = cost.capacity(mine.sum(), each, (mine * (1 - mine)).sum())
+    needed.append(min(bound, len(mine)))
+  assert max(needed) <= plan.capacity_warm <= 1.1 * max(needed) + 8
