@@ -353,6 +353,8 @@ def restore(
     for wide in (True, *model.sparse_optimizer.slots.values())
   )
   folder = directory.absolute() / str(step)
+  now = positions.of(model.plan, profile)
+  then = positions.of(stored_plan, profile)
   try:
     _check_readable(folder / "dense")
     with manager(directory, read_only=True) as m:
@@ -366,11 +368,6 @@ def restore(
         args=ocp.args.Composite(dense=ocp.args.StandardRestore(like)),
       )["dense"]
     stored = _Stored(folder / "tables", stored_plan, names)
-
-    now, then = (
-      positions.of(p, profile) if profile and p.pooled else None
-      for p in (model.plan, stored_plan)
-    )
 
     def rows(first, stop):
       ranks = now.ranks_of(first, stop) if now else np.arange(first, stop)

@@ -96,7 +96,7 @@ def _rows_at(tier: Tier, slots, host: bool):  # [m] int32 -> [m, d]
 
 def read(
   tables: Tables,
-  ids,  # [b, S] int32 ranks, -1 = none
+  ids,  # [b, S] int32 ranks (or positions, see positions.py), -1 = none
   weights,  # [b, S] float32 or None
   features: tuple[Feature, ...],
   plan: Plan,
@@ -104,7 +104,7 @@ def read(
 ):
   """Activations [b, A, d] float32, and the trip for `update`."""
   b, columns = ids.shape
-  alone = ids
+  alone = ids  # that travel row by row
   if plan.pooled:
     alone = jnp.where(pooled_lib.lookups(ids, features, plan), -1, ids)
   flat = alone.reshape(-1)

@@ -26,7 +26,9 @@ class Plan:
 
   Ranks below `hot` are replicated, ranks below `warm_end` sharded in device
   memory, the others sharded in host memory. Owners are cyclic in rank.
-  Capacities are rows a peer and round (C), 0 for a tier without rows.
+  Capacities are rows a peer and round (C), 0 for a tier without rows. Where
+  tables are pooled at owners, `rows`, `warm_end` and the tiers count positions
+  (positions.py), `spare` ones without a row included.
   """
 
   devices: int  # n

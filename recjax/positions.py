@@ -50,13 +50,15 @@ class Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=2)  # a run's, and that of what it restores
-def of(plan: Plan, profile: Profile) -> Layout | None:
+def of(plan: Plan, profile: Profile | None) -> Layout | None:
   """The layout of a plan's rows; None where positions are ranks.
 
-  A function of the plan and of which table each rank belongs to.
+  A function of the plan and of which table each rank belongs to; `profile` may
+  be None where no table is pooled.
   """
   if not plan.pooled:
     return None
+  assert profile is not None
   n, rows = plan.devices, plan.warm - plan.spare
   owner_of = np.full(len(profile.tables), -1, np.int16)
   for name, owner in plan.pooled:

@@ -38,7 +38,10 @@ class Tier(NamedTuple):
 
 
 class Tables(NamedTuple):
-  """The row space in rank order; a tier without rows is None."""
+  """The row space in rank order; a tier without rows is None.
+
+  Where tables are pooled at owners, warm rows are in the order of positions.py.
+  """
 
   hot: Tier | None
   warm: Tier | None
@@ -166,7 +169,7 @@ def init(
       for name, wide in optimizer.slots.items()
     }
     rows = initial_rows(ranks, plan.dim, scale, seed).astype(plan.dtype)
-    return Tier(jnp.where(ranks[..., None] < 0, 0, rows), slots)
+    return Tier(rows, slots)
 
   def sharded(first, name, slots):
     owners, _ = owners_of(plan, name)
@@ -186,6 +189,8 @@ def init(
       hot = tier(lax.iota(jnp.int32, plan.hot), seed)
     if warm_ranks is not None:
       warm = tier(warm_ranks, seed)
+      rows = jnp.where(warm_ranks[..., None] < 0, 0, warm.rows)
+      warm = warm._replace(rows=rows)
     elif plan.warm:
       warm = sharded(plan.hot, "warm", plan.warm_slots)(owner("warm"), seed)
     if plan.cold:
@@ -288,7 +293,7 @@ def fill(
 
   Args:
     tables: donated.
-    rows: (first, stop) -> Tier of numpy arrays, ranks [first, stop); asked
+    rows: (first, stop) -> Tier of numpy arrays, [first, stop) of them; asked
       for in ascending, adjoining ranges of about `block_rows` that cover all.
   """
   slots = tuple(sorted(optimizer.slots.items()))
