@@ -85,6 +85,14 @@ def run(
     )
   if problem.spectrum.assumed:
     report(problem.spectrum.assumed)
+  ways = transports(config, problem)
+  pooled = pooled_tables(c.pooled, problem, prepared)
+  if pooled and cuts.FLAT not in ways:
+    raise UserError(
+      f"plan.pooled: {c.pooled}: pooled tables need the flat exchange of warm "
+      "rows sharded over all devices; leave plan.exchange and "
+      "plan.warm_copies empty, or plan.pooled"
+    )
   result = planner.solve(
     problem,
     hosts=hosts,
@@ -94,8 +102,8 @@ def run(
     warm_rows=c.warm_rows,
     capacity=c.capacity,
     syncs=(c.hot_sync,) if c.hot_sync else cuts.HOT_SYNCS,
-    ways=transports(config, problem),
-    pooled=pooled_tables(c.pooled, problem, prepared),
+    ways=ways,
+    pooled=pooled,
   )
   workdir.mkdir(parents=True, exist_ok=True)
   placed = baselines.compare(problem, result, device_bytes, hosts * host_bytes)

@@ -260,6 +260,26 @@ def test_long_bags_are_pooled_at_owners(tmp_path):
   assert run(config, tmp_path)[0].pooled == ()
 
 
+def test_pooled_tables_on_several_nodes_need_the_flat_exchange(tmp_path):
+  config = terabyte(
+    data__rows=(2_000_000, 50),
+    data__hotness=(100, 1),
+    mesh__node_devices=4,
+    plan__objective="bytes",
+    train__batch_size=4_096,
+  )
+  plan, _ = run(config, tmp_path)
+  assert (plan.pooled, plan.exchange) == ((("C1", plan.pooled[0][1]),), "flat")
+  assert 0 < plan.network_per_sample < plan.bytes_per_sample
+  config.plan.exchange = "two_stage"
+  staged, _ = run(config, tmp_path)
+  assert (staged.pooled, staged.exchange) == ((), "two_stage")
+  assert staged.bytes_per_sample > plan.bytes_per_sample
+  config.plan.pooled = "C1"
+  with pytest.raises(UserError, match=r"plan\.pooled: C1: .*plan\.exchange"):
+    run(config, tmp_path)
+
+
 def test_counted_data_are_corrected_and_used(tmp_path):
   c = Config()
   c.data.format = "synthetic"

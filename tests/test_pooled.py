@@ -122,7 +122,18 @@ def test_equals_one_dense_table(
   devices, tiers, capacity, pooled, optimizer, spare
 ):
   capacity = 1 if capacity == "one_row" else 0
-  plan = make_plan(devices, tiers, capacity, pooled, spare)
+  check(make_plan(devices, tiers, capacity, pooled, spare), optimizer, capacity)
+
+
+@pytest.mark.parametrize("way", [dense.FLAT, dense.STAGES])
+@pytest.mark.parametrize("capacity", [0, 1])
+def test_several_nodes_equal_one_dense_table(way, capacity):
+  plan = make_plan(8, "mixed", capacity, "uneven", nodes=(4, way))
+  assert plan.nodes == 2
+  check(plan, "adagrad", capacity)
+
+
+def check(plan, optimizer, capacity):
   features = FEATURES["bags"]
   first, got, params, rounds = train(features, plan, optimizer, dense.FAST)
   want_first, (rows, slots, want_params) = wanted("bags", optimizer)
