@@ -5,9 +5,7 @@
 1. The Criteo Kaggle and Terabyte tables, three exponents, 1 to 1,024 devices:
    the planned cost over its lower bound (no placement costs less), seconds.
 2. A counted profile of 33.8 M rows: seconds to a plan.
-3. MLPerf's multi-hot tables, feature by feature, against all pooled at one
-   owner (table-wise) and all coalesced.
-4. The plan beside other placements and, where it is installed, TorchRec's.
+3. The plan beside other placements and, where it is installed, TorchRec's.
 Ends with the peak memory of it all.
 """
 
@@ -21,7 +19,7 @@ import time
 
 import numpy as np
 
-from recjax import baselines, bounds, cost, cuts, planner, presets, spectrum
+from recjax import baselines, bounds, cuts, planner, presets, spectrum
 from recjax.frequency import Profile
 from recjax.plan import describe
 from recjax.spectrum import Table
@@ -38,15 +36,6 @@ TERABYTE = (
 )  # fmt: skip
 # MLPerf's DLRM-DCNv2: the Terabyte log's tables of at most 40 M rows, and the
 # lookups of a sample in each (mlcommons/training, dlrm_dcnv2).
-MLPERF = (
-  40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956,
-  405282, 10, 2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000,
-  590152, 12973, 108, 36,
-)  # fmt: skip
-MULTI_HOT = (
-  3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3,
-  1, 1,
-)  # fmt: skip
 EXPONENTS = (1.05, 1.15, 1.45)
 
 
@@ -157,63 +146,6 @@ def torchrec(problem, python: str) -> baselines.Placed:
   return dataclasses.replace(placed, note=", ".join(kinds))
 
 
-def multi_hot() -> None:
-  """Which tables are pooled, and bytes a sample of each feature and of all.
-
-  Of features: expected bytes, buffers not padded. Ours of a pooled feature:
-  its ids, vectors and gradients, and the rows that its owner cannot hold.
-  """
-  n, b = 8, 8_192
-  rows = tuple(
-    Table(f"C{i + 1}", *x)
-    for i, x in enumerate(zip(MLPERF, MULTI_HOT, strict=True))
-  )
-  print(f"{'dim':>4} {'s':>5} {'ours':>8} {'coalesced':>10} {'table-wise':>11} "
-        f"{'better of both, a feature':>26} {'worst feature':>14} "
-        f"{'padded':>8} {'pooled':>7} {'s':>5}")  # fmt: skip
-  for dim in (16, 128):
-    for exponent in EXPONENTS:
-      start = time.perf_counter()
-      s = spectrum.power_law(rows, exponent)
-      plans = []
-      for chance in (None, 1e-6):
-        problem = planner.make_problem(
-          s, devices=n, batch_size=n * b, lookups=sum(MULTI_HOT), dim=dim,
-          dtype="float32", slot_bytes=4, objective="bytes",
-          overflow_probability=chance,
-        )  # fmt: skip
-        plans.append(
-          planner.solve(
-            problem, hosts=1, device_bytes=1 << 37, host_bytes=1 << 40
-          )
-        )
-      seconds = (time.perf_counter() - start) / 2
-      plan, padded = plans
-      w, owner, pi = 4 * dim, dict(plan.pooled), problem.pi
-      # Here every row is warm, and every pooled row with its owner.
-      assert plan.hot == plan.cold == 0
-      assert plan.warm_slots >= max(MLPERF) or not owner
-      coalesced = [
-        sum(cost.coalesced_bytes(float(x @ pi), w, n)) for x in s.of_table
-      ]
-      table = [sum(cost.pooled_bytes(1.0, b, h, w, n)) for h in MULTI_HOT]
-      ours = [
-        t if f"C{i + 1}" in owner else c
-        for i, (c, t) in enumerate(zip(coalesced, table, strict=True))
-      ]
-      best = list(map(min, coalesced, table))
-      sent = sum(v for k, v in plan.sent if k != "host")
-      assert abs(sum(ours) / sent - 1) < 1e-3  # nothing is left out
-      worst = max(x / y for x, y in zip(ours, best, strict=True))
-      real = sum(v for k, v in padded.sent if k != "host")
-      print(
-        f"{dim:4} {exponent:5} {sum(ours) / b:>8,.0f} "
-        f"{sum(coalesced) / b:>10,.0f} {sum(table) / b:>11,.0f} "
-        f"{sum(best) / b:>26,.0f} {worst:>14.4f} {real / b:>8,.0f} "
-        f"{len(owner):>7} {seconds:>5.2f}"
-      )
-
-
 def placements(rivals_python: str | None) -> None:
   for n in (8, 16, 64):
     problem = problem_of(
@@ -237,7 +169,7 @@ def main() -> None:
   )
   parser.add_argument("--rivals_python", help="a Python that has torchrec")
   args = parser.parse_args()
-  for part in (optimality, counted, multi_hot):
+  for part in (optimality, counted):
     print(f"# {part.__name__}", flush=True)
     part()
   print("# placements", flush=True)

@@ -12,8 +12,12 @@ and not run: what a step sends is in its collectives, whose sizes are static.
    all owners, "two_stage" a proxy in the node first, "node" keeps a copy of all
    rows in each node and exchanges gradients. The floor: every row that a node
    touches crosses the network once, of those that the other node owns.
+3. MLPerf's multi-hot tables on 8 devices: each pooled at its owner or
+   coalesced, whatever sends less, against all coalesced and all pooled
+   (table-wise). Of features expected bytes are compared, without padding.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -32,15 +36,26 @@ from recjax import (
   planner,
   presets,
   sparse_optim,
+  spectrum,
   tables,
   train_step,
 )
 from recjax.mesh import batch_sharding, make_mesh, replicated, simulate_devices
 from recjax.plan import Plan
 from recjax.specs import Feature
+from recjax.spectrum import Table
 
 DEVICES, NODES, LOCAL = 8, 2, 8_192
 FEATURES = tuple(Feature(f"C{i}", f"C{i}") for i in range(26))
+MLPERF = (
+  40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956,
+  405282, 10, 2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000,
+  590152, 12973, 108, 36,
+)  # fmt: skip
+MULTI_HOT = (
+  3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3,
+  1, 1,
+)  # fmt: skip
 WAYS = {
   "flat": cuts.FLAT,
   "two_stage": cuts.Transport("two_stage", "one"),
@@ -171,7 +186,67 @@ def nodes() -> None:
         )
 
 
+def multi_hot() -> None:
+  n, b = DEVICES, LOCAL
+  rows = tuple(
+    Table(f"C{i}", *x)
+    for i, x in enumerate(zip(MLPERF, MULTI_HOT, strict=True))
+  )
+  features = tuple(Feature(t.name, t.name, hotness=t.hotness) for t in rows)
+  print("bytes a sample of MLPerf's multi-hot tables on 8 devices")
+  print(f"{'dim':>4} {'s':>5} {'compiled':>9} {'planned':>9} {'expected':>9} "
+        f"{'coalesced':>10} {'table-wise':>11} {'better':>8} "
+        f"{'worst feature':>14} {'pooled':>7}")  # fmt: skip
+  for dim in (16, 128):
+    for exponent in bench_plan.EXPONENTS:
+      s = spectrum.power_law(rows, exponent)
+      assert s.of_table is not None
+      problem = planner.make_problem(
+        s,
+        devices=n,
+        batch_size=n * b,
+        lookups=sum(MULTI_HOT),
+        dim=dim,
+        dtype="float32",
+        slot_bytes=4,
+        objective="bytes",
+      )
+      bare = dataclasses.replace(problem, overflow_probability=None)
+      plan, expected = (
+        planner.solve(p, hosts=1, device_bytes=1 << 37, host_bytes=1 << 40)
+        for p in (problem, bare)
+      )
+      # Here every row is warm, and every pooled row with its owner.
+      assert expected.hot == expected.cold == 0
+      w, owner = 4 * dim, dict(expected.pooled)
+      assert expected.warm_slots >= max(MLPERF) or not owner
+      coalesced = [
+        sum(cost.coalesced_bytes(float(x @ problem.pi), w, n))
+        for x in s.of_table
+      ]
+      pooled = [sum(cost.pooled_bytes(1.0, b, h, w, n)) for h in MULTI_HOT]
+      ours = [
+        p if t.name in owner else c
+        for t, c, p in zip(rows, coalesced, pooled, strict=True)
+      ]
+      best = list(map(min, coalesced, pooled))
+      total = sum(v for k, v in expected.sent if k != "host")
+      assert abs(sum(ours) / total - 1) < 1e-3  # nothing is left out
+      worst = max(x / y for x, y in zip(ours, best, strict=True))
+      planned = sum(v for k, v in plan.sent if k != "host")
+      found = collectives_of(plan, features, "float32")
+      sent = sum(c.sent(n) for c in found)
+      print(
+        f"{dim:4} {exponent:5} {sent / b:>9,.0f} {planned / b:>9,.0f} "
+        f"{sum(ours) / b:>9,.0f} {sum(coalesced) / b:>10,.0f} "
+        f"{sum(pooled) / b:>11,.0f} {sum(best) / b:>8,.0f} {worst:>14.4f} "
+        f"{len(plan.pooled):>7}",
+        flush=True,
+      )
+
+
 if __name__ == "__main__":
   simulate_devices(NODES * DEVICES)
   kaggle()
   nodes()
+  multi_hot()
