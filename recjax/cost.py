@@ -208,14 +208,14 @@ def all_reduce_seconds(size, n: int, t: Topology):
   """`size` bytes of summands a device.
 
   Reduce-scatter in the node, all-reduce of the parts between nodes, all-gather
-  in the node; 2 log2 latencies a level (Thakur et al. 2005).
+  in the node; 2 log2 latencies between nodes (Thakur et al. 2005).
   """
   if n == 1:
     return 0.0 * size
   g, nodes = min(n, t.node_devices), t.nodes(n)
-  seconds = 2 * size * (g - 1) / g / t.link
+  seconds = 2 * size * (g - 1) / g / t.ring
   seconds += 2 * size / g * (nodes - 1) / nodes / t.network
-  latency = 2 * math.ceil(math.log2(g)) * t.link_latency
+  latency = (g > 1) * t.ring_latency
   latency += 2 * math.ceil(math.log2(nodes)) * t.network_latency
   return seconds + latency * (size > 0)
 
@@ -226,7 +226,7 @@ def all_gather_seconds(size, n: int, t: Topology):
     return 0.0 * size
   g, nodes = min(n, t.node_devices), t.nodes(n)
   # Between nodes each device fetches its peers' parts, then shares them.
-  seconds = size * (nodes - 1) / t.network + size * (n - nodes) / t.link
-  latency = math.ceil(math.log2(g)) * t.link_latency
+  seconds = size * (nodes - 1) / t.network + size * (n - nodes) / t.ring
+  latency = (g > 1) * t.ring_latency
   latency += math.ceil(math.log2(nodes)) * t.network_latency
   return seconds + latency * (size > 0)

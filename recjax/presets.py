@@ -18,6 +18,9 @@ GB, TB, US = 1e9, 1e12, 1e-6
 # (read, gradient in, read and write the row): 2 of 3.35 TB/s.
 # NVIDIA/recsys-examples, dynamicemb benchmark results.
 _GATHER = 0.6
+# Assumption: what is not in the cache, the result of a gather or the gradients
+# that are added, streams; XLA's gathers and scatters are no hand-made kernels.
+_CACHED = 0.6
 _STREAM = 0.8  # assumption: STREAM-like kernels
 _LINK = 0.75  # assumption: all-to-all of megabytes, NCCL or ICI
 _MATMUL = 0.4  # assumption: MLPs of widths 256 to 1,024
@@ -50,11 +53,15 @@ def _gpu(
     torus=0,
     link=_LINK * link,
     link_latency=15 * US,  # assumption: NCCL, small messages on NVSwitch
+    ring=_LINK * link,
+    ring_latency=30 * US,  # assumption: NCCL, small messages on NVSwitch
     network=_LINK * network,
     network_latency=30 * US,  # assumption: NCCL over InfiniBand
     device_memory=memory,
     stream=_STREAM * bandwidth,
     gather=_GATHER * bandwidth,
+    cached_gather=_CACHED * bandwidth,
+    cached_add=_CACHED * bandwidth,
     sort=_SORT_A100 * bandwidth / (2.039 * TB),
     matmul_float32=_MATMUL * float32,
     matmul_bfloat16=_MATMUL * bfloat16,
@@ -78,11 +85,15 @@ def _tpu(
     torus=torus,
     link=_LINK * ici / 2,  # the pages count both directions
     link_latency=5 * US,  # assumption
+    ring=_LINK * ici / 2,
+    ring_latency=20 * US,  # assumption: around the torus and back
     network=_LINK * nic / hosts,  # the host's cards, shared
     network_latency=50 * US,  # assumption: data-center network
     device_memory=memory,
     stream=_STREAM * bandwidth,
     gather=0.1 * bandwidth,  # assumption: TensorCore gather, no SparseCore
+    cached_gather=0.1 * bandwidth,  # the same: no cache
+    cached_add=0.1 * bandwidth,
     sort=0.2e9,  # assumption: XLA's bitonic sort
     matmul_float32=_MATMUL * bfloat16 / 6,  # float32 = six bfloat16 passes
     matmul_bfloat16=_MATMUL * bfloat16,
@@ -162,29 +173,39 @@ PRESETS = {
 
 
 def cpu(devices: int) -> Topology:
-  """Simulated devices that share two cores, each its part of the rates."""
+  """Simulated devices that share this machine's cores, each its part.
+
+  Measured with eight of them on two cores, and assumed to grow with cores.
+  What an operation takes before it does anything is the devices' together.
+  """
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   n = max(devices, 1)
+  each = (os.cpu_count() or 2) / 2 / n  # of two cores' rates
+  latency = 25 * US / each
   return Topology(
     name="cpu",
     node_devices=n,
     host_devices=n,
     torus=0,
-    link=4 * GB / n,
-    link_latency=50 * US,
-    network=1 * GB / n,
-    network_latency=100 * US,
+    link=5 * GB * each,
+    link_latency=latency,
+    ring=18 * GB * each,
+    ring_latency=latency,
+    network=1 * GB * each,  # assumption: the loopback, gloo
+    network_latency=latency,
     device_memory=ram / 2 / n,
-    stream=8 * GB / n,
-    gather=3 * GB / n,
-    sort=20e6 / n,
-    matmul_float32=100e9 / n,
-    matmul_bfloat16=20e9 / n,
-    launch=1e-3,
+    stream=28 * GB * each,
+    gather=2.6 * GB * each,
+    cached_gather=10 * GB * each,
+    cached_add=22 * GB * each,
+    sort=36e6 * each,
+    matmul_float32=190e9 * each,
+    matmul_bfloat16=170e9 * each,
+    launch=0.75e-3 / each,
     host_memory=ram / 2,
-    host_gather=3 * GB,
-    host_link=8 * GB / n,
-    host_latency=100 * US,
+    host_gather=2.4 * GB * each * n,
+    host_link=20 * GB * each,
+    host_latency=latency,
     source="two cores of an AMD EPYC (Zen 4), jax 0.10, rounded",
   )
 

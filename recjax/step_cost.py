@@ -229,9 +229,11 @@ def sent_bytes(work: Work, load: Load):
 def step_seconds(work: Work, t: Topology, load: Load):
   """Seconds of a step by term; one after the other, nothing overlaps.
 
-  Each term is latency + bytes / rate. A lookup's
-  own row is gathered from the hot replica and from the exchange buffer, an
-  owner's rows from its shard; backward, the same places are added to.
+  Each term is latency + bytes / rate. A lookup's own row is gathered from the
+  hot replica and from the exchange buffer, which the caches hold for the most
+  part, an owner's rows from its shard; backward, the same places are added to.
+  The counts of passes are those of the bytes that XLA says the compiled parts
+  access (`cost_analysis`, jax 0.10), divided by what is passed over.
 
   Returns:
     {"route", "gather", "all-to-all", "all-reduce", "host link", "host rows",
@@ -251,13 +253,11 @@ def step_seconds(work: Work, t: Topology, load: Load):
   sent = sent_bytes(work, load)
 
   sorted_keys = ids + train * (n > 1) * owned + united
-  # Lookups read and add to replicas and exchange buffers, which the caches
-  # hold for the most part; owners go to their shards.
-  near = replicas * ids * work.row_bytes + some * ids * wide
+  read = replicas * ids * work.row_bytes + some * ids * wide + united * wide
   back = some if gathered is None else some | replicas
-  near = near + train * back * ids * wide
-  near = near + train * (n > 1) * owned * wide  # peers' sums
-  near = near + (1 + train) * united * wide
+  added = train * back * ids * wide
+  # Sums of what peers sent, at the owner and in the node.
+  added = added + train * ((n > 1) * owned + united) * wide
   far = read_warm * work.row_bytes
 
   trips = 0.0
@@ -272,41 +272,37 @@ def step_seconds(work: Work, t: Topology, load: Load):
       part = cost.all_to_all_seconds(size, peers, t)
     trips = trips + part
 
+  # Rows and slots are read and written; between, in order, with gradients.
   optimizer = 2.0 * own_warm * work.stored / t.gather
+  optimizer = optimizer + own_warm * (wide + 2 * work.stored) / t.stream
   reduced = train * 4.0 * work.dense.params
   shared = 0.0
   if gathered is None:  # XLA combines it with that of the dense gradients
     reduced = reduced + train * 4.0 * (d + 1) * hot
     # Zeros, the sum, and rows and slots read and written, all of the tier.
-    whole = hot * (2.0 * 4 * (d + 1) + 2 * work.stored)
+    whole = hot * (3.0 * 4 * (d + 1) + 4 * work.stored)
     optimizer = optimizer + whole / t.stream
-    near = near + train * replicas * ids * (wide + 4)
+    added = added + train * replicas * ids * (wide + 4)
   else:
     everyone = n * gathered
     size = train * gathered * (work.wire_bytes + cost.ID_BYTES)
     shared = cost.all_gather_seconds(size, n, t)
     sorted_keys = sorted_keys + train * (n > 1) * everyone
-    near = near + train * (n > 1) * everyone * wide
-    optimizer = optimizer + 2.0 * everyone * work.stored / t.gather
+    added = added + train * (n > 1) * everyone * wide
+    stored = everyone * work.stored
+    optimizer = optimizer + stored / t.cached_gather + stored / t.cached_add
+    optimizer = optimizer + everyone * (wide + 2 * work.stored) / t.stream
 
-  matmul = t.matmul_bfloat16 if work.compute == "bfloat16" else t.matmul_float32
-  passes = 3 if work.train else 1  # backward = two products for one
-  moved = 4.0 * (work.dense.floats + ids / max(work.local, 1) * d)
-  dense = (
-    passes
-    * work.local
-    * np.maximum(work.dense.flops / matmul, 2 * moved / t.stream)
-  )
   host_rows = own_cold * (work.row_bytes + train * 2.0 * work.stored)
   terms = {
     "route": sorted_keys / t.sort,
-    "gather": near / t.stream + far / t.gather,
+    "gather": read / t.cached_gather + added / t.cached_add + far / t.gather,
     "all-to-all": trips,
     "all-reduce": shared + cost.all_reduce_seconds(reduced, n, t),
     "host link": sent["host"] / t.host_link
     + (cold > 0) * (1 + train) * t.host_latency,
     "host rows": host_rows / (t.host_gather / min(n, t.host_devices)),
-    "dense": dense + 0.0 * hot,
+    "dense": _dense_seconds(work, t) + 0.0 * hot,
     "optimizer": train * optimizer,
     "launch": t.launch + 0.0 * hot,
   }
@@ -314,6 +310,23 @@ def step_seconds(work: Work, t: Topology, load: Load):
     for term, seconds in _pooled_seconds(work, t, load.pooled).items():
       terms[term] = terms[term] + seconds
   return terms
+
+
+def _dense_seconds(work: Work, t: Topology) -> float:
+  """Products at their rate, and all else in passes over memory.
+
+  A pass forward reads and writes the activations, backward twice that; the
+  parameters are read once forward, five times more (re-layouts, gradients
+  written) backward, and seven times by their optimizer (Adagrad).
+  """
+  matmul = t.matmul_bfloat16 if work.compute == "bfloat16" else t.matmul_float32
+  passes, params = (3, 13) if work.train else (1, 1)
+  lookups = work.ids / max(work.local, 1)
+  moved = (
+    2 * passes * work.local * 4.0 * (work.dense.floats + lookups * work.dim)
+  )
+  moved += params * 4.0 * work.dense.params
+  return passes * work.local * work.dense.flops / matmul + moved / t.stream
 
 
 def _pooled_seconds(work: Work, t: Topology, pooled: Pooled):
@@ -330,12 +343,17 @@ def _pooled_seconds(work: Work, t: Topology, pooled: Pooled):
   for size, calls in (of_ids, of_vectors) + work.train * (of_vectors,):
     trips += cost.all_to_all_seconds(size, n, t) + (calls - 1) * latency
   # Rows are added to vectors, a vector's gradient to rows.
-  near = (1 + train) * (ids + vectors + pooled.vectors) * wide
+  added = (1 + train) * ids * wide
+  moved = (1 + train) * (vectors + pooled.vectors) * wide
+  updated = train * pooled.distinct
   return {
     "route": train * ids / t.sort,
-    "gather": near / t.stream + ids * work.row_bytes / t.gather,
+    "gather": added / t.cached_add
+    + moved / t.stream
+    + ids * work.row_bytes / t.gather,
     "all-to-all": trips,
-    "optimizer": train * 2.0 * pooled.distinct * work.stored / t.gather,
+    "optimizer": 2.0 * updated * work.stored / t.gather
+    + updated * (wide + 2 * work.stored) / t.stream,
   }
 
 

@@ -27,12 +27,16 @@ class Topology:
   host_devices: int  # that share a host's memory
   torus: int  # dimensions of the links' torus; 0 = a switch
   link: float  # bytes/s, one direction, all links of a device
-  link_latency: float  # s, a message within a node
+  link_latency: float  # s, an all-to-all within a node
+  ring: float  # bytes/s that a device sends in an all-reduce or all-gather
+  ring_latency: float  # s, one of those within a node
   network: float  # bytes/s between nodes, one direction
   network_latency: float  # s, a message between nodes
   device_memory: float  # bytes
   stream: float  # bytes/s of device memory, in order
   gather: float  # bytes/s of rows at random, read or written
+  cached_gather: float  # the same, read from a table that caches hold
+  cached_add: float  # the same, added to such a table
   sort: float  # 64-bit keys/s
   matmul_float32: float  # FLOP/s
   matmul_bfloat16: float  # FLOP/s
@@ -55,6 +59,7 @@ _LIMITS = {  # what no machine is below or above
   "host_devices": (1, 1 << 10),
   "torus": (0, 3),
   "link_latency": (0, 1),
+  "ring_latency": (0, 1),
   "network_latency": (0, 1),
   "launch": (0, 10),
   "host_latency": (0, 1),

@@ -46,7 +46,7 @@ def problems(draw):
   t = presets.get(name, devices)
   if draw(st.booleans()):  # a step that latencies do not decide
     t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
-    t = dataclasses.replace(t, host_latency=0.0)
+    t = dataclasses.replace(t, host_latency=0.0, ring_latency=0.0)
   work = work_of(
     devices,
     draw(st.sampled_from([1, 8, 1_000])),
@@ -144,9 +144,9 @@ def node_problems(draw):
   t = dataclasses.replace(t, node_devices=g)
   if draw(st.booleans()):  # a step that latencies do not decide
     t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
-    t = dataclasses.replace(t, host_latency=0.0)
-  if draw(st.booleans()):  # a host as fast as the device, and a slow network
-    gather = t.gather * min(devices, t.host_devices)
+    t = dataclasses.replace(t, host_latency=0.0, ring_latency=0.0)
+  if draw(st.booleans()):  # a host half as fast, and a slow network
+    gather = t.gather * min(devices, t.host_devices) / 2
     t = dataclasses.replace(t, host_link=1e15, host_gather=gather, network=1e6)
   work = work_of(
     devices,
@@ -166,10 +166,11 @@ def slow_network():
     t,
     node_devices=2,
     link_latency=0.0,
+    ring_latency=0.0,
     network_latency=0.0,
     host_latency=0.0,
     host_link=1e15,
-    host_gather=4 * t.gather,
+    host_gather=2 * t.gather,
     network=1e6,
   )
   work = work_of(4, 1, node_devices=2)
@@ -329,6 +330,7 @@ def test_groups_share_the_memory(one, other, devices, room):
   t = dataclasses.replace(
     presets.get("dgx_h200", devices),
     link_latency=0.0,
+    ring_latency=0.0,
     host_latency=0.0,
   )
   problems = [

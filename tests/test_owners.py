@@ -88,7 +88,7 @@ def test_cuts_and_tables_fit_each_other(objective):
   """Never worse than without pooled tables, or with any given ones."""
   tables = (Table("a", 50_000, 60), Table("b", 9_000, 20), Table("c", 400, 1))
   s = spectrum.power_law(tables, 1.05)
-  slow = dataclasses.replace(presets.get("dgx_h200", 8), link=1e8)
+  slow = dataclasses.replace(presets.get("dgx_h200", 8), link=1e8, ring=1e8)
   problem = problem_of(s, objective=objective, topology=slow, dim=128)
   chosen = solve(problem)
   assert chosen.pooled

@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from recjax import config, cost, models, presets, step_cost
@@ -35,6 +37,31 @@ def test_the_dense_part_is_counted(name, inputs):
   shapes = (np.zeros((1, inputs), np.float32), np.zeros((1, 5, 16), np.float32))
   flops = jax.jit(apply).lower(params, *shapes).compile().cost_analysis()
   assert dense.flops == pytest.approx(flops["flops"], rel=0.05)
+
+
+@pytest.mark.parametrize("batch", [128, 1_024])
+def test_the_dense_part_passes_over_what_xla_counts(batch):
+  model = config.Model(bottom=(64, 32), top=(64, 32))
+  params, apply = models.build(model, 13, 8, 16, 0)
+  optimizer = optax.adagrad(0.1)
+
+  def step(params, state, dense, activations):
+    loss = lambda *x: jnp.sum(apply(x[0], dense, x[1]))
+    grads, rows = jax.grad(loss, argnums=(0, 1))(params, activations)
+    updates, state = optimizer.update(grads, state, params)
+    return optax.apply_updates(params, updates), state, rows
+
+  inputs = np.zeros((batch, 13), np.float32), np.zeros((batch, 8, 16), "f4")
+  compiled = jax.jit(step).lower(params, optimizer.init(params), *inputs)
+  counted = compiled.compile().cost_analysis()["bytes accessed"]
+  # A machine whose products take no time, with a byte a second.
+  t = dataclasses.replace(presets.cpu(1), stream=1.0, matmul_float32=1e30)
+  dense = step_cost.dense_model("dlrm", (64, 32), (64, 32), 13, 8, 16)
+  work = dataclasses.replace(
+    WORK, devices=1, batch_size=batch, lookups=8, dense=dense
+  )
+  predicted = step_cost.step_seconds(work, t, Load())["dense"]
+  assert predicted == pytest.approx(counted, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["cpu", "dgx_h200", "tpu_v6e"])

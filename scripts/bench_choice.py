@@ -1,0 +1,168 @@
+"""Is the plan the fastest, and is its predicted time right? A measured sweep.
+
+  python scripts/bench_choice.py [--topology my_cluster.json] [--only 0 3]
+
+Without a topology file this mesh is calibrated first (scripts/calibrate.py).
+Then, for each setting (tables, batch, budget, optimizer, model), the planner's
+choice and a sweep of other plans within the same budgets train on the same
+batches, drawn from the power laws that were planned for. Every plan is timed
+in rounds, one plan after the other, so that noise hits all alike; its time is
+the median. Printed are measured and predicted milliseconds of every plan, and
+how the choice compares with the best of them.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import calibrate
+import jax
+import numpy as np
+from synthetic_step import LARGE, Run, Setting, draw, problem_of
+
+from recjax import cuts, planner, presets, topology
+from recjax.mesh import make_mesh, simulate_devices
+from recjax.plan import Plan
+
+KAGGLE = (
+  *(1_460, 583, 250_000, 60_000, 305, 24, 12_517, 633, 3, 30_000, 5_683),
+  *(220_000, 3_194, 27, 14_992, 140_000, 10, 5_652, 2_173, 4, 180_000, 18),
+  *(15, 60_000, 105, 30_000),
+)  # Criteo Kaggle's, the large ones a thirtieth
+FEW = (1_000_000, 200_000, 50_000, 5_000, 500, 50)
+# Beside the cuts, what a plan may choose: arguments of planner.solve.
+EXCHANGES = tuple({"syncs": (sync,)} for sync in cuts.HOT_SYNCS)
+
+
+SETTINGS = (
+  Setting(KAGGLE, 1.15, 16, 8_192, 0.05),
+  Setting(KAGGLE, 1.05, 16, 2_048, 0.05, "sgd", layers=LARGE),
+  Setting(KAGGLE, 1.05, 16, 16_384, 0.20, "adagrad"),
+  Setting(KAGGLE, 1.45, 16, 8_192, 1.00),
+  Setting(KAGGLE, 1.15, 64, 4_096, 0.05, "adagrad"),
+  Setting(KAGGLE, 1.05, 64, 1_024, 0.20, layers=LARGE),
+  Setting(KAGGLE, 1.15, 64, 8_192, 0.02, wire="bfloat16"),
+  Setting(KAGGLE, 1.45, 16, 8_192, 0.02, "sgd", layers=LARGE),
+  Setting(FEW, 1.15, 64, 4_096, 0.20, "sgd"),
+  Setting(FEW, 1.45, 64, 16_384, 0.01, "adagrad"),
+  Setting(FEW, 1.05, 16, 1_024, 1.00, "adagrad"),
+  Setting(FEW, 1.15, 16, 4_096, 0.02, "adam", "bfloat16"),
+)
+
+
+# ---- What is run
+
+
+def sweep(problem, setting: Setting) -> list[Plan]:
+  """The planner's choice, then others that fit, none twice."""
+  stored, rows = problem.work.stored, problem.spectrum.rows
+  fit = int(setting.share * rows)
+  solve = lambda **arguments: planner.solve(
+    problem,
+    hosts=1,
+    device_bytes=fit * stored,
+    host_bytes=2 * rows * stored,
+    **arguments,
+  )
+  chosen = solve()
+  plans = {key(chosen): chosen}
+  for hot in (0, chosen.hot, fit // 4, fit // 64):
+    most = int(cuts.most_warm(rows, hot, fit, problem.work.devices))
+    tried = [(most, way) for way in EXCHANGES] + [(0, EXCHANGES[0])]
+    for warm, way in tried if hot else tried[:1]:
+      plan = solve(hot_rows=hot, warm_rows=warm, **way)
+      plans.setdefault(key(plan), plan)
+  return list(plans.values())
+
+
+def key(plan: Plan):
+  return plan.hot, plan.warm_end, plan.hot_sync if plan.hot else ""
+
+
+# ---- Settings, one after the other
+
+
+def compile_all(setting: Setting, t, mesh) -> list[Run]:
+  plans = sweep(problem_of(setting, t, mesh.devices.size), setting)
+  return [Run(setting, plan, mesh) for plan in plans]
+
+
+def compare(setting: Setting, runs: list[Run], mesh, args):
+  """(predicted / measured of the choice, choice / best measured)."""
+  batches = draw(setting, mesh, 8)
+  for run in runs:
+    run.start()
+  end = time.perf_counter() + args.seconds
+  rounds = 0
+  while rounds < 3 or time.perf_counter() < end:
+    for run in runs:
+      run.steps(batches, 3)
+    rounds += 1
+  for run in runs:
+    run.stop()
+  times = [float(np.median(run.seconds)) for run in runs]
+  ratios = [
+    run.plan.step_seconds / x for run, x in zip(runs, times, strict=True)
+  ]
+  for i in np.argsort(times):
+    plan, run = runs[i].plan, runs[i]
+    print(
+      f"  {'chosen' if i == 0 else '':6} {plan.hot:>9,} hot "
+      f"{plan.hot_sync if plan.hot else '':6} {plan.warm:>9,} warm "
+      f"{plan.cold:>9,} cold: {1e3 * times[i]:7.2f} ms, predicted "
+      f"{1e3 * plan.step_seconds:7.2f} ({ratios[i]:.2f} x)"
+      + (f", {run.rounds} rounds" if run.rounds > 1 else "")
+    )
+    if args.terms:
+      terms = (f"{k} {1e3 * x:.2f}" for k, x in plan.seconds)
+      print(f"         {', '.join(terms)}")
+  loss = times[0] / min(times)
+  print(
+    f"  predicted / measured {ratios[0]:.2f} ({min(ratios):.2f} to "
+    f"{max(ratios):.2f} of all plans), chosen / best {loss:.3f}",
+    flush=True,
+  )
+  return ratios[0], loss
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--topology", help="a preset or file; else calibrated")
+  parser.add_argument("--devices", type=int, default=8)
+  parser.add_argument("--seconds", type=float, default=10, help="a setting")
+  parser.add_argument("--only", type=int, nargs="+", help="numbers of settings")
+  parser.add_argument("--terms", action="store_true", help="of predictions")
+  args = parser.parse_args()
+  topology.keep_freed_memory()
+  simulate_devices(args.devices)
+  mesh = make_mesh(args.devices)
+  begin = time.perf_counter()
+  if args.topology:
+    t = presets.get(args.topology, args.devices)
+  else:
+    t = calibrate.calibrated(mesh, "calibrated")
+  print(f"jax {jax.__version__}, {t.name}: {t.source}", flush=True)
+  ratios, losses = [], []
+  for i in args.only or range(len(SETTINGS)):
+    runs = compile_all(SETTINGS[i], t, mesh)
+    print(f"[{time.perf_counter() - begin:.0f} s] {i}: {SETTINGS[i]}")
+    ratio, loss = compare(SETTINGS[i], runs, mesh, args)
+    ratios.append(ratio)
+    losses.append(loss)
+    del runs  # XLA:CPU maps memory for each program, and there is a limit
+  near = sum(abs(r - 1) <= 0.25 for r in ratios)
+  best = sum(x <= 1.05 for x in losses)
+  print(
+    f"{len(ratios)} settings: predicted / measured of the choice "
+    f"{min(ratios):.2f} to {max(ratios):.2f}, within 25% in {near}; chosen / "
+    f"best at most {max(losses):.3f}, within 5% in {best}"
+  )
+
+
+if __name__ == "__main__":
+  main()

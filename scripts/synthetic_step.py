@@ -1,0 +1,174 @@
+"""Train steps on ids drawn from power laws, for measurements.
+
+What bench_choice.py and calibrate.py run: DLRM of a setting, under any plan.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from recjax import config as config_lib
+from recjax import (
+  models,
+  planner,
+  sparse_optim,
+  spectrum,
+  step_cost,
+  tables,
+  topology,
+  train_step,
+)
+from recjax.cuts import Problem
+from recjax.mesh import batch_sharding, replicated
+from recjax.plan import Plan
+from recjax.specs import Feature
+
+DENSE = 13  # numeric inputs
+SMALL, LARGE = ((64, 32), (64, 32)), ((512, 256, 64), (512, 256))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  tables: tuple[int, ...]  # rows
+  exponent: float
+  dim: int
+  batch: int  # global
+  share: float  # of all rows, what a device's budget holds
+  optimizer: str = "rowwise_adagrad"
+  wire: str = "float32"
+  layers: tuple = SMALL  # of the model: (bottom, top)
+
+  def __str__(self):
+    size = "small" if self.layers == SMALL else "large"
+    return (
+      f"{len(self.tables)} tables, {sum(self.tables):,} rows, exponent "
+      f"{self.exponent}, dim {self.dim}, batch {self.batch:,}, a device holds "
+      f"{self.share:.0%}, {self.optimizer}, {self.wire} wire, {size} MLPs"
+    )
+
+
+def problem_of(setting: Setting, t: topology.Topology, devices: int) -> Problem:
+  names = [f"C{i}" for i in range(len(setting.tables))]
+  named = map(spectrum.Table, names, setting.tables)
+  bottom, top = setting.layers
+  return planner.make_problem(
+    spectrum.power_law(tuple(named), setting.exponent),
+    devices=devices,
+    batch_size=setting.batch,
+    lookups=len(names),
+    dim=setting.dim,
+    dtype="float32",
+    slot_bytes=sparse_optim.slot_bytes(setting.optimizer, setting.dim),
+    topology=t,
+    exchange_dtype=setting.wire,
+    dense=step_cost.dense_model(
+      "dlrm", bottom, top, DENSE, len(names), setting.dim
+    ),
+  )
+
+
+def draw(setting: Setting, mesh, count: int):
+  """Batches of ranks, from the power laws that the spectrum is of."""
+  rng = np.random.default_rng(0)
+  p = [np.arange(1, r + 1.0) ** -setting.exponent for r in setting.tables]
+  p = [x / x.sum() for x in p]
+  order = np.argsort(-np.concatenate(p), kind="stable")
+  rank = np.empty(len(order), np.int32)
+  rank[order] = np.arange(len(order), dtype=np.int32)
+  first = np.cumsum([0, *setting.tables[:-1]])
+  batches = []
+  for _ in range(count):
+    ids = [
+      start + np.searchsorted(np.cumsum(x)[:-1], rng.random(setting.batch))
+      for start, x in zip(first, p, strict=True)
+    ]
+    batch = {
+      "label": (rng.random(setting.batch) < 0.25).astype(np.float32),
+      "dense": rng.random((setting.batch, DENSE), np.float32),
+      "ids": rank[np.stack(ids, axis=1)],
+    }
+    batches.append(jax.device_put(batch, batch_sharding(mesh)))
+  return batches
+
+
+class Run:
+  """A plan's compiled train step and, between start and stop, its state."""
+
+  def __init__(self, setting: Setting, plan: Plan, mesh):
+    self.plan, self.mesh = plan, mesh
+    bottom, top = setting.layers
+    names = [f"C{i}" for i in range(len(setting.tables))]
+    self.params, apply = models.build(
+      config_lib.Model(bottom=bottom, top=top),
+      DENSE,
+      len(names),
+      setting.dim,
+      0,
+    )
+    self.model = train_step.Model(
+      apply=apply,
+      features=tuple(Feature(name, name) for name in names),
+      dense_optimizer=optax.adagrad(0.01, 0.0, 1e-8),
+      sparse_optimizer=sparse_optim.OPTIMIZERS[setting.optimizer](0.01),
+      plan=plan,
+      exchange_dtype=jnp.dtype(setting.wire),
+      seed=0,
+    )
+    b, parts = setting.batch, batch_sharding(mesh)
+    shapes = {"label": (b,), "dense": (b, DENSE), "ids": (b, len(names))}
+    batch = {
+      k: jax.ShapeDtypeStruct(x, "int32" if k == "ids" else "float32")
+      for k, x in shapes.items()
+    }
+    batch = _placed(batch, dict.fromkeys(batch, parts))
+    state = jax.eval_shape(self.initial)
+    places = train_step.state_shardings(self.model, mesh)
+    everywhere = jax.tree.map(
+      lambda _: places.step, state._replace(tables=None)
+    )
+    state = _placed(state, everywhere._replace(tables=places.tables))
+    step = train_step.make_train_step(self.model, mesh)
+    self.step = step.lower(state, batch).compile()
+    self.seconds, self.rounds = [], 0
+
+  def initial(self):
+    opt_state = self.model.dense_optimizer.init(self.params)
+    dense = (np.int32(0), self.params, opt_state)
+    rows = tables.init(
+      self.plan, self.model.sparse_optimizer, self.mesh, 0.05, 0
+    )
+    return train_step.TrainState(
+      *jax.device_put(dense, replicated(self.mesh)), rows
+    )
+
+  def start(self):
+    self.state = self.initial()
+
+  def stop(self):
+    del self.state
+
+  def steps(self, batches, timed: int):
+    """One more step comes first, as another plan has left the caches."""
+    for i in range(timed + 1):
+      begin = time.perf_counter()
+      self.state, out = self.step(self.state, batches[i % len(batches)])
+      jax.block_until_ready(self.state)
+      if i:
+        self.seconds.append(time.perf_counter() - begin)
+    self.rounds = max(self.rounds, int(out["rounds"]))
+
+
+def _placed(shapes, shardings):
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
