@@ -175,7 +175,8 @@ PRESETS = {
 def cpu(devices: int) -> Topology:
   """Simulated devices that share this machine's cores, each its part.
 
-  Measured with eight of them on two cores, and assumed to grow with cores.
+  By scripts/calibrate.py with eight of them on two cores (the mean of three
+  runs, which differ by up to half), and assumed to grow with cores.
   What an operation takes before it does anything is the devices' together.
   """
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -187,25 +188,25 @@ def cpu(devices: int) -> Topology:
     node_devices=n,
     host_devices=n,
     torus=0,
-    link=5 * GB * each,
+    link=6.5 * GB * each,
     link_latency=latency,
-    ring=18 * GB * each,
+    ring=35 * GB * each,
     ring_latency=latency,
     network=1 * GB * each,  # assumption: the loopback, gloo
     network_latency=latency,
     device_memory=ram / 2 / n,
-    stream=28 * GB * each,
-    gather=2.6 * GB * each,
-    cached_gather=10 * GB * each,
-    cached_add=22 * GB * each,
-    sort=36e6 * each,
-    matmul_float32=190e9 * each,
-    matmul_bfloat16=170e9 * each,
-    launch=0.75e-3 / each,
+    stream=34 * GB * each,
+    gather=3.6 * GB * each,
+    cached_gather=13 * GB * each,
+    cached_add=20 * GB * each,
+    sort=19e6 * each,
+    matmul_float32=160e9 * each,
+    matmul_bfloat16=150e9 * each,
+    launch=0.43e-3 / each,
     host_memory=ram / 2,
-    host_gather=2.4 * GB * each * n,
-    host_link=20 * GB * each,
-    host_latency=latency,
+    host_gather=3.4 * GB * each * n,  # the same memory
+    host_link=29 * GB * each,
+    host_latency=latency / 2,
     source="two cores of an AMD EPYC (Zen 4), jax 0.10, rounded",
   )
 

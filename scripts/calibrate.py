@@ -4,9 +4,10 @@
   python main.py --mode=plan --config ... --config.plan.topology=my_cluster.json
 
 Every operation runs on all devices at once, as in a step, at several sizes;
-latency and rate are the line through the median times. Simulated CPU devices
-share their cores and memory, and so does what is measured. The mesh counts as
-one node: the network's figures are the links' own.
+latency and rate are the line through the median times. Whole train steps then
+refine the rates. Simulated CPU devices share their cores and memory, and so
+does what is measured. The mesh counts as one node: the network's figures are
+the links' own.
 """
 
 import argparse
@@ -25,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from synthetic_step import Run, Setting, draw, problem_of
+from synthetic_step import LARGE, Run, Setting, draw, problem_of
 
-from recjax import planner, topology
+from recjax import planner, step_cost, topology
 from recjax.exchange import coalesce
 from recjax.mesh import AXIS, make_mesh, simulate_devices
 from recjax.tables import DEVICE, HOST, gather, on_host
@@ -118,32 +119,97 @@ def from_host(table, slots):
   return on_host(gather, DEVICE)(table, jax.device_put(pairs(slots), HOST))
 
 
-def step_beyond(mesh, t: topology.Topology, cold_rows: int) -> float:
-  """Seconds of a step of a sample a device, beyond those predicted.
+# Whole steps that the rates are refined by: none that bench_choice.py runs.
+_TABLES = (400_000, 90_000, 40_000, 9_000, 2_000, 500, 100, 20)
+STEPS = (
+  Setting((1_000,) * 8, 1.05, 16, 0, 1.0),  # of one sample a device
+  Setting(_TABLES, 1.1, 16, 8_192, 1.0),
+  Setting(_TABLES, 1.1, 64, 2_048, 1.0, "adagrad"),
+  Setting(_TABLES, 1.25, 32, 4_096, 1.0, "sgd", layers=LARGE),
+)
+# Hot rows, whether the others are warm, how hot gradients meet.
+CUTS = (
+  (0, True, "dense"),
+  (0, False, "dense"),
+  (400, True, "dense"),
+  (400, False, "dense"),
+  (6_000, True, "sparse"),
+  (40_000, True, "dense"),
+)
+# What steps are made of; latencies first.
+FITTED = (
+  *("launch", "link_latency", "ring_latency", "host_latency"),
+  *("stream", "gather", "cached_gather", "cached_add", "sort"),
+  *("matmul_float32", "link", "ring", "host_gather", "host_link"),
+)
+_TRUST = 0.02  # of a rate's own measurement against the steps'; see refined
 
-  What a step costs whatever its size: its hundreds of operations. Rows are
-  hot, warm and, where there are any, cold.
+
+def scaled(t: topology.Topology, field: str, factor: float):
+  """t, where what the field stands for takes `factor` times as long."""
+  value = getattr(t, field)
+  value = value * factor if FITTED.index(field) < 4 else value / factor
+  return dataclasses.replace(t, **{field: value})
+
+
+def refined(mesh, t: topology.Topology) -> topology.Topology:
+  """Rates that whole train steps show, near those of single operations.
+
+  The model of a step (step_cost.py) is a sum of terms, each as long as one
+  rate says. The factors f of the rates minimise the squares of the relative
+  errors of measured steps, plus `_TRUST` (f - 1)^2 each: a step's operations
+  run in another neighbourhood than alone.
   """
   n = mesh.devices.size
-  setting = Setting((1_000,) * 8, 1.05, 16, n, 1.0)
-  problem = problem_of(setting, t, n)
-  warm = problem.spectrum.rows - 100 - cold_rows
-  stored = problem.work.stored
-  plan = planner.solve(
-    problem,
-    hosts=1,
-    device_bytes=problem.spectrum.rows * stored,
-    host_bytes=2 * problem.spectrum.rows * stored,
-    hot_rows=100,
-    warm_rows=warm,
-    syncs=("dense",),
-  )
-  run, batches = Run(setting, plan, mesh), draw(setting, mesh, 1)
-  run.start()
-  for _ in range(10):
-    run.steps(batches, 4)
-  run.stop()
-  return max(float(np.median(run.seconds)) - plan.step_seconds, 1e-7)
+  terms, seconds = [], []
+  for setting in STEPS:
+    if not setting.batch:
+      setting = dataclasses.replace(setting, batch=n)
+    problem = problem_of(setting, t, n)
+    rows, stored = problem.spectrum.rows, problem.work.stored
+    runs = []
+    for hot, warm, sync in CUTS:
+      plan = planner.solve(
+        problem,
+        hosts=1,
+        device_bytes=2 * rows * stored,
+        host_bytes=2 * rows * stored,
+        hot_rows=hot,
+        warm_rows=rows if warm else 0,
+        syncs=(sync,),
+        pooled=(),
+      )
+      runs.append(Run(setting, plan, mesh))
+      load = problem.load_of_cuts(plan.hot, plan.warm_end, sync)
+      took = lambda t, w=problem.work, x=load: float(
+        sum(step_cost.step_seconds(w, t, x).values())
+      )
+      terms.append([took(scaled(t, f, 2.0)) - took(t) for f in FITTED])
+    batches = draw(setting, mesh, 4)
+    for run in runs:
+      run.start()
+    for _ in range(8):
+      for run in runs:
+        run.steps(batches, 3)
+    for run in runs:
+      run.stop()
+      seconds.append(float(np.median(run.seconds)))
+  shares = np.array(terms) / np.array(seconds)[:, None]
+  known = np.sqrt(_TRUST) * np.eye(len(FITTED))
+  left = np.concatenate([shares, known])
+  right = np.concatenate([np.ones(len(shares)), known.sum(axis=1)])
+  factors = np.clip(np.linalg.lstsq(left, right, rcond=None)[0], 0.25, 4.0)
+  for name, x in (("alone", np.ones(len(FITTED))), ("refined", factors)):
+    off = shares @ x - 1
+    off = (off.min(), off.max(), np.sqrt(np.mean(off**2)))
+    print(
+      "steps by rates {}: {:+.0%} to {:+.0%}, rms {:.0%}".format(name, *off)
+    )
+  for field, factor in zip(FITTED, factors, strict=True):
+    t = scaled(t, field, float(factor))
+    print(f"{field:16} {getattr(t, field):.3g}, {factor:.2f} times as long")
+  network = {"network": t.link, "network_latency": t.link_latency}
+  return dataclasses.replace(t, **network)
 
 
 def measure(bench: Bench) -> dict[str, float]:
@@ -258,7 +324,7 @@ def measure(bench: Bench) -> dict[str, float]:
       ),
     )
   return {
-    "launch": 0.0,
+    "launch": 20 * empty,  # a guess, refined by whole steps
     "stream": stream,
     "gather": gathered,
     "cached_gather": cached_gather,
@@ -273,7 +339,7 @@ def measure(bench: Bench) -> dict[str, float]:
     "network": link,
     "network_latency": link_latency,
     "host_gather": host_gather,
-    "host_latency": 0.0,
+    "host_latency": empty,
     "host_link": host_gather,
   }
 
@@ -295,14 +361,7 @@ def calibrated(mesh, name: str, repeats: int = 20) -> topology.Topology:
     f"{platform.machine()}, jax {jax.__version__}, {today}",
     **measure(Bench(mesh, repeats)),
   )
-  # What is left of a step is its launch, and then what cold rows add to it.
-  measured = dataclasses.replace(measured, launch=0.0, host_latency=0.0)
-  launch = step_beyond(mesh, measured, 0)
-  measured = dataclasses.replace(measured, launch=launch)
-  host_latency = step_beyond(mesh, measured, 1_000) / 2  # forward, backward
-  print(f"{'launch':16} {1e6 * launch:.3g} us")
-  print(f"{'host latency':16} {1e6 * host_latency:.3g} us")
-  return dataclasses.replace(measured, host_latency=host_latency)
+  return refined(mesh, measured)
 
 
 def main() -> None:
