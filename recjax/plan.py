@@ -111,6 +111,16 @@ class Plan:
     return cls(**fields)
 
 
+def transports(plan: Plan) -> str:
+  """How sharded rows travel between several nodes."""
+  copies = "one copy" if plan.warm_copies == "one" else "a copy in each"
+  return (
+    f"{plan.nodes} nodes of {plan.node_devices}: {plan.exchange} exchange, "
+    f"{copies} of warm rows, {plan.network_per_sample:,.0f} bytes a sample "
+    "between nodes"
+  )
+
+
 def describe(plan: Plan) -> str:
   """The plan as a table to print."""
   lines = [
@@ -132,12 +142,7 @@ def describe(plan: Plan) -> str:
       f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
     )
   if plan.nodes > 1:
-    lines.append(
-      f"{plan.nodes} nodes of {plan.node_devices}: {plan.exchange} exchange, "
-      f"{plan.warm_copies} {'copy' if plan.warm_copies == 'one' else 'copies'} "
-      f"of warm rows, {plan.network_per_sample:,.0f} bytes a sample between "
-      "nodes"
-    )
+    lines.append(transports(plan))
   if plan.pooled:
     of = [f"{name} on {owner}" for name, owner in plan.pooled]
     lines.append(f"pooled at their owners: {', '.join(of)}")

@@ -7,7 +7,7 @@ import numpy as np
 
 from recjax.baselines import Placed, size
 from recjax.cuts import Problem
-from recjax.plan import Plan
+from recjax.plan import Plan, transports
 
 _WIDTH, _HEIGHT = 640, 260
 _LEFT, _RIGHT, _TOP, _BOTTOM = 170, 20, 12, 34
@@ -51,6 +51,8 @@ def page(
   notes = []
   if problem.spectrum.assumed:
     notes.append(problem.spectrum.assumed)
+  if plan.nodes > 1:
+    notes.append(transports(plan))
   if problem.spectrum.measured is not None:
     notes.append("distinct rows corrected by those counted on real batches")
   if plan.pooled:

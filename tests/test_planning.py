@@ -198,8 +198,10 @@ def test_transports_between_nodes_are_chosen_and_overridden(tmp_path):
 def test_nodes_are_simulated_or_refused(tmp_path):
   few = {"data__rows": (100_000, 1_000, 50)}
   config = terabyte(**few, mesh__node_devices=2)
-  plan, _ = run(config, tmp_path)
+  plan, printed = run(config, tmp_path)
   assert (plan.nodes, plan.node_devices) == (4, 2)
+  for text in (printed, (tmp_path / "plan.html").read_text()):
+    assert f"4 nodes of 2: {plan.exchange} exchange, " in text
   config.mesh.node_devices = 3
   with pytest.raises(UserError, match=r"mesh\.node_devices: 8 devices cannot"):
     run(config, tmp_path)
