@@ -113,10 +113,10 @@ class Plan:
 
 def transports(plan: Plan) -> str:
   """How sharded rows travel between several nodes."""
-  copies = "one copy" if plan.warm_copies == "one" else "a copy in each"
+  where = "sharded over all" if plan.warm_copies == "one" else "in each"
   return (
     f"{plan.nodes} nodes of {plan.node_devices}: {plan.exchange} exchange, "
-    f"{copies} of warm rows, {plan.network_per_sample:,.0f} bytes a sample "
+    f"warm rows {where}, {plan.network_per_sample:,.0f} bytes a sample "
     "between nodes"
   )
 
