@@ -139,7 +139,9 @@ def work(index: int, count: int, args) -> None:
   idle = (transmitted()[0] - size) / 2
   show(f"{count} processes, {args.steps} steps; idle: {idle:,.0f} bytes/s")
   show("bytes that a device sends in a step:")
-  for name, changes in CASES.items():
+  for i, (name, changes) in enumerate(CASES.items()):
+    if args.only and i not in args.only:
+      continue
     config = copy.deepcopy(base_config(count))
     for path, value in changes.items():
       group, field = path.split(".")
@@ -197,6 +199,7 @@ def main() -> None:
   )
   parser.add_argument("--processes", type=int, default=4)
   parser.add_argument("--steps", type=int, default=50)
+  parser.add_argument("--only", type=int, nargs="+", help="numbers of cases")
   parser.add_argument("--workdir", help="of the data; a temporary one if none")
   parser.add_argument("--coordinator", help=argparse.SUPPRESS)
   parser.add_argument("--process_id", type=int, help=argparse.SUPPRESS)
@@ -216,6 +219,7 @@ def main() -> None:
     command = [sys.executable, __file__, f"--coordinator={coordinator}"]
     command += [f"--processes={args.processes}", f"--steps={args.steps}"]
     command += [f"--workdir={args.workdir or tmp}"]
+    command += ["--only", *map(str, args.only)] if args.only else []
     running = [
       subprocess.Popen(
         [*command, f"--process_id={i}"],
