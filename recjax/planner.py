@@ -155,20 +155,14 @@ def solve(
   )
   assert chosen is not None  # hot and warm from above fit
   best = *chosen, None
-  if cuts.FLAT in (ways or (cuts.FLAT,)):  # the owners of all devices pool
+  if cuts.FLAT in ways and pooled != ():  # the owners of all devices pool
+    flat = chosen
     if chosen[-1] != cuts.FLAT:
-      chosen = cuts.best_cuts(
+      flat = cuts.best_cuts(
         problem, fit, host_rows, hot_rows, warm_rows, syncs, (cuts.FLAT,)
       )
-    best = _pooled(
-      problem,
-      best,
-      chosen,
-      fit,
-      host_rows,
-      fixed=hot_rows >= 0 or warm_rows >= 0,
-      pooled=pooled,
-    )
+    fixed = hot_rows >= 0 or warm_rows >= 0
+    best = _pooled(problem, best, flat, fit, host_rows, fixed, pooled)
   return _finish(problem, *best, capacity)
 
 

@@ -45,10 +45,11 @@ def run(
   device_limit: int | None = None,
   slot_bytes: int,
   serving: bool = False,
-) -> Plan:
+) -> tuple[Plan, Callable[[], None]]:
   """Plans as configured; writes plan.json and plan.html.
 
-  For serving: serving_plan.json and serving_plan.html.
+  For serving: serving_plan.json and serving_plan.html. Returns the plan, and
+  what draws the page again, with what a run has measured by then.
 
   Args:
     prepared: counted data; None = data.rows and plan.exponent.
@@ -107,17 +108,21 @@ def run(
   )
   workdir.mkdir(parents=True, exist_ok=True)
   placed = baselines.compare(problem, result, device_bytes, hosts * host_bytes)
-  measured = None if serving else measured_seconds(workdir, result)
-  page = plan_page.page(result, problem, placed, device_bytes, measured)
   name = "serving_plan" if serving else "plan"
+
+  def draw():
+    measured = None if serving else measured_seconds(workdir, result)
+    page = plan_page.page(result, problem, placed, device_bytes, measured)
+    write(workdir / f"{name}.html", page)
+
   write(workdir / f"{name}.json", result.to_json())
-  write(workdir / f"{name}.html", page)
+  draw()
   report(describe(result))
   report(baselines.describe(placed))
   if c.topology:
     pooled = tuple(name for name, _ in result.pooled)
     report(describe_batches(batch_sizes(problem, pooled)))
-  return result
+  return result, draw
 
 
 def transports(config: Config, problem: Problem) -> tuple[Transport, ...]:

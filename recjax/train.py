@@ -62,6 +62,12 @@ def plan(
   Without a prepared data set, from the table sizes in data.rows. A plan for
   serving is for the forward pass only, of rows without slots.
   """
+  return _plan(config, prepared, workdir, report, serving)[0]
+
+
+def _plan(config, prepared, workdir, report, serving=False):
+  """(Plan, what draws its page again); see planning.run."""
+  draw = lambda: None  # on all processes but the first
   devices = config.mesh.devices or jax.device_count()
   hosts = distributed.machines()
   if devices > jax.device_count():
@@ -72,7 +78,8 @@ def plan(
     limit = (local.memory_stats() or {}).get("bytes_limit")
 
   def make():
-    return planning.run(
+    nonlocal draw
+    result, draw = planning.run(
       config,
       prepared,
       workdir,
@@ -85,19 +92,22 @@ def plan(
         config.embedding.optimizer, config.embedding.dim
       ),
       serving=serving,
-    ).to_json()
+    )
+    return result.to_json()
 
   # Machines differ a little in their memory: one plan for all.
-  return Plan.from_json(distributed.from_first(make))
+  found = distributed.from_first(make)  # before draw is looked at
+  return Plan.from_json(found), draw
 
 
 def _begin(config, workdir, report, serving=False):
-  """(prepared data, plan, mesh)."""
+  """(prepared data, plan, mesh, what draws the plan's page again)."""
   c = config.mesh
   mesh_lib.make_mesh(c.devices, c.node_devices)  # or an error, before all work
   prepared = prepare(config, workdir, report)
-  plan_ = plan(config, prepared, workdir, report, serving)
-  return prepared, plan_, mesh_lib.make_mesh(plan_.devices, plan_.node_devices)
+  plan_, draw = _plan(config, prepared, workdir, report, serving)
+  mesh = mesh_lib.make_mesh(plan_.devices, plan_.node_devices)
+  return prepared, plan_, mesh, draw
 
 
 # ---- Model and state
@@ -224,7 +234,7 @@ def evaluate_checkpoint(
 
   The rows only: slots are not read.
   """
-  prepared, plan_, mesh = _begin(config, workdir, report, serving=True)
+  prepared, plan_, mesh, _ = _begin(config, workdir, report, serving=True)
   directory = workdir / "checkpoints"
   step = config.checkpoint.step
   if step < 0:
@@ -256,7 +266,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     raise UserError(
       "plan.serving: a plan for serving cannot train; use it with --mode=plan"
     )
-  prepared, plan_, mesh = _begin(config, workdir, report)
+  prepared, plan_, mesh, draw_plan = _begin(config, workdir, report)
   processes = jax.process_count()
   local = config.train.batch_size // processes
   per_epoch = batches.steps_per_epoch(prepared, "train", local, processes)
@@ -330,7 +340,7 @@ def train(config: Config, workdir: pathlib.Path, report: Report) -> dict:
     result = _evaluate(config, prepared, model, state, mesh, report)
     write(step, "test", result)
   report(_summary(step, result, prepared))
-  plan(config, prepared, workdir, lambda _: None)  # plan.html, now measured
+  draw_plan()  # with what was measured
   return result
 
 

@@ -121,6 +121,46 @@ def make_train_step(model: Model, mesh: Mesh):
   return jax.jit(sharded, donate_argnums=0, out_shardings=out)
 
 
+def lower(model: Model, mesh: Mesh, params, inputs: int):
+  """The train step lowered for shapes alone: its tables need not exist.
+
+  Args:
+    params: of the dense part, arrays or shapes.
+    inputs: D, dense inputs of a sample.
+
+  Returns:
+    (jax.stages.Lowered, the state's shapes with their shardings).
+  """
+
+  def initial(params):
+    rows = tables_lib.init(model.plan, model.sparse_optimizer, mesh, 0.0, 0)
+    opt_state = model.dense_optimizer.init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, rows)
+
+  def placed(x, sharding):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  state = jax.eval_shape(initial, params)
+  shardings = jax.tree.broadcast(state_shardings(model, mesh), state)
+  state = jax.tree.map(placed, state, shardings)
+  columns = sum(f.hotness for f in model.features)
+  shapes = {
+    "label": ((), jnp.float32),
+    "dense": ((inputs,), jnp.float32),
+    "ids": ((columns,), jnp.int32),
+  }
+  if any(f.weighted for f in model.features):
+    shapes["weights"] = ((columns,), jnp.float32)
+  of_samples = mesh_lib.batch_sharding(mesh)
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      (model.plan.batch_size, *shape), dtype, sharding=of_samples
+    )
+    for name, (shape, dtype) in shapes.items()
+  }
+  return make_train_step(model, mesh).lower(state, batch), state
+
+
 def make_forward(model: Model, mesh: Mesh):
   """(state, batch) -> (logits, labels, mask), [B] on every device, jitted."""
 

@@ -24,7 +24,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import bench_plan
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -37,10 +36,9 @@ from recjax import (
   presets,
   sparse_optim,
   spectrum,
-  tables,
   train_step,
 )
-from recjax.mesh import batch_sharding, make_mesh, replicated, simulate_devices
+from recjax.mesh import make_mesh, simulate_devices
 from recjax.plan import Plan
 from recjax.specs import Feature
 from recjax.spectrum import Table
@@ -77,32 +75,7 @@ def collectives_of(
     exchange_dtype=jnp.dtype(exchange_dtype),
     seed=0,
   )
-  params = {"w": jnp.zeros(())}
-  dense = (params, model.dense_optimizer.init(params), np.int32(0))
-  placed = lambda tree, shardings: jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
-  everywhere = jax.tree.map(lambda _: replicated(mesh), dense)
-  params, opt_state, step = placed(dense, everywhere)
-  rows = placed(
-    jax.eval_shape(
-      lambda: tables.init(plan, model.sparse_optimizer, mesh, 0.1, 0)
-    ),
-    tables.shardings(plan, model.sparse_optimizer, mesh),
-  )
-  state = train_step.TrainState(step, params, opt_state, rows)
-  columns = sum(f.hotness for f in features)
-  of_batch = lambda shape, dtype: jax.ShapeDtypeStruct(
-    (plan.batch_size, *shape), dtype, sharding=batch_sharding(mesh)
-  )
-  batch = {
-    "label": of_batch((), np.float32),
-    "dense": of_batch((1,), np.float32),
-    "ids": of_batch((columns,), np.int32),
-  }
-  lowered = train_step.make_train_step(model, mesh).lower(state, batch)
+  lowered, _ = train_step.lower(model, mesh, {"w": jnp.zeros(())}, 1)
   text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
   found = collectives.of_step(text, plan.devices)
   return [c for c in found if not c.repeated]

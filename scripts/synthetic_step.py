@@ -122,21 +122,8 @@ class Run:
       exchange_dtype=jnp.dtype(setting.wire),
       seed=0,
     )
-    b, parts = setting.batch, batch_sharding(mesh)
-    shapes = {"label": (b,), "dense": (b, DENSE), "ids": (b, len(names))}
-    batch = {
-      k: jax.ShapeDtypeStruct(x, "int32" if k == "ids" else "float32")
-      for k, x in shapes.items()
-    }
-    batch = _placed(batch, dict.fromkeys(batch, parts))
-    state = jax.eval_shape(self.initial)
-    places = train_step.state_shardings(self.model, mesh)
-    everywhere = jax.tree.map(
-      lambda _: places.step, state._replace(tables=None)
-    )
-    state = _placed(state, everywhere._replace(tables=places.tables))
-    step = train_step.make_train_step(self.model, mesh)
-    self.step = step.lower(state, batch).compile()
+    lowered, _ = train_step.lower(self.model, mesh, self.params, DENSE)
+    self.step = lowered.compile()
     self.seconds, self.rounds = [], 0
 
   def initial(self):
@@ -164,11 +151,3 @@ class Run:
       if i:
         self.seconds.append(time.perf_counter() - begin)
     self.rounds = max(self.rounds, int(out["rounds"]))
-
-
-def _placed(shapes, shardings):
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
-  )

@@ -5,16 +5,14 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
-from recjax import collectives, planner, sparse_optim, spectrum, tables
+from recjax import collectives, planner, sparse_optim, spectrum
 from recjax import train_step as train_step_lib
 from recjax.collectives import Collective
-from recjax.mesh import batch_sharding, make_mesh, replicated
+from recjax.mesh import make_mesh
 from recjax.specs import Feature
 from recjax.spectrum import Table
 
@@ -54,26 +52,8 @@ def compiled(plan, exchange_dtype) -> list[Collective]:
     exchange_dtype=jnp.dtype(exchange_dtype),
     seed=0,
   )
-  params = {"w": np.zeros(DIM, np.float32)}
-  dense = (params, model.dense_optimizer.init(params), np.int32(0))
-  params, opt_state, step = jax.device_put(dense, replicated(mesh))
-  t = jax.eval_shape(
-    lambda: tables.init(plan, model.sparse_optimizer, mesh, 0.1, 0)
-  )
-  t = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    t,
-    tables.shardings(plan, model.sparse_optimizer, mesh),
-  )
-  state = train_step_lib.TrainState(step, params, opt_state, t)
-  size = plan.batch_size
-  batch = {
-    "label": np.zeros(size, np.float32),
-    "dense": np.zeros((size, 1), np.float32),
-    "ids": np.zeros((size, len(TABLES)), np.int32),
-  }
-  batch = jax.device_put(batch, batch_sharding(mesh))
-  lowered = train_step_lib.make_train_step(model, mesh).lower(state, batch)
+  params = {"w": jnp.zeros(DIM)}
+  lowered, _ = train_step_lib.lower(model, mesh, params, 1)
   text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
   return collectives.of_step(text, plan.devices)
 

@@ -44,7 +44,7 @@ def terabyte(**changes) -> Config:
 
 def run(config, workdir, devices=8, prepared=None, serving=False):
   lines = []
-  plan = planning.run(
+  plan, _ = planning.run(
     config,
     prepared,
     workdir,

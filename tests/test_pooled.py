@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,7 @@ import optax
 import pytest
 import test_train_step as dense
 
-from recjax import planner, positions, spectrum, tables, train_step
+from recjax import collectives, planner, positions, spectrum, tables, train_step
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding
 from recjax.plan import Plan
@@ -173,23 +171,6 @@ def planned(devices, dtype="float32", pooled=("b", "c")):
   )
 
 
-def sent_bytes(text: str, n: int) -> float:
-  """Of a device on average, in a compiled step's exchange of ids and rows."""
-  total = 0.0
-  collective = re.compile(r"= (.*?) (all-to-all|collective-permute)\(.*")
-  for found in collective.finditer(text):
-    size = sum(
-      math.prod(int(x) for x in dims.split(",") if x) * int(bits) // 8
-      for bits, dims in re.findall(r"[suf](\d+)\[([\d,]*)\]", found[1])
-    )
-    if found[2] == "all-to-all":  # its own part stays
-      total += size * (n - 1) / n
-    else:
-      pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", found[0])[1]
-      total += size * pairs.count("{") / n
-  return total
-
-
 @pytest.mark.parametrize(
   ("devices", "dtype"), [(2, "float32"), (8, "bfloat16")]
 )
@@ -199,13 +180,15 @@ def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
   model, mesh, state, _ = build(
     features, plan, "adagrad", exchange_dtype=jnp.dtype(dtype)
   )
-  batch = jax.device_put(next(dense.batches(features)), batch_sharding(mesh))
-  step = train_step.make_train_step(model, mesh)
-  text = step.lower(state, batch).compile().as_text()
+  lowered, _ = train_step.lower(model, mesh, state.params, dense.DENSE)
+  text = lowered.compile(dense.FAST).as_text()
   sent = dict(plan.sent)
   want = sum(sent[k] for k in sent if k not in ("host", "hot gradients"))
   assert sent["pooled ids"] > 0
-  assert sent_bytes(text, devices) == want
+  found = collectives.of_step(text, devices)
+  kinds = ("all-to-all", "collective-permute")
+  got = sum(c.sent(devices) for c in found if c.kind in kinds)
+  assert got == pytest.approx(want, rel=1e-12)
 
 
 def test_tables_are_updated_in_place():
@@ -216,16 +199,8 @@ def test_tables_are_updated_in_place():
     dense.big_plan(rows, "warm"), pooled=POOLED["uneven"]
   )
   model = model._replace(plan=plan)
-  place = tables.shardings(plan, model.sparse_optimizer, mesh)
-  t = jax.eval_shape(
-    lambda: tables.init(plan, model.sparse_optimizer, mesh, 0.1, 0)
-  )
-  t = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, place
-  )
-  batch = jax.device_put(next(dense.batches(features)), batch_sharding(mesh))
-  step = train_step.make_train_step(model, mesh)
-  compiled = step.lower(state._replace(tables=t), batch).compile()
+  lowered, shapes = train_step.lower(model, mesh, state.params, dense.DENSE)
+  compiled, t = lowered.compile(), shapes.tables
   memory = compiled.memory_analysis()
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) // 8
   assert memory.alias_size_in_bytes >= size > 1 << 26

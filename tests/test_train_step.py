@@ -432,21 +432,11 @@ def big_plan(rows, tiers, devices=8, nodes=(0, FLAT)):
 
 def compiled_step(plan, optimizer):
   """(the step over tables that are never created, their bytes a device)."""
-  features = FEATURES["one_hot"]
-  mesh = make_mesh(8, plan.node_devices)
   small = make_plan(8, "hot", 1, nodes=(plan.node_devices, FLAT))
-  small, _, state = build(features, small, optimizer)
+  small, mesh, state = build(FEATURES["one_hot"], small, optimizer)
   model = small._replace(plan=plan)
-  t = jax.eval_shape(
-    lambda: tables.init(plan, model.sparse_optimizer, mesh, 0.1, 0)
-  )
-  place = tables.shardings(plan, model.sparse_optimizer, mesh)
-  t = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), t, place
-  )
-  batch = jax.device_put(next(batches(features)), batch_sharding(mesh))
-  step = train_step.make_train_step(model, mesh)
-  step = step.lower(state._replace(tables=t), batch).compile()
+  lowered, shapes = train_step.lower(model, mesh, state.params, DENSE)
+  step, t = lowered.compile(), shapes.tables
   shard = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return step, sum(map(shard, jax.tree.leaves(t)))
 
