@@ -43,7 +43,7 @@ def _row_costs(problem, on, way):
   slopes = [(at(tiny + 1e6 * unit) - fixed) / 1e6 for unit in np.eye(5)]
   pi, pi_far = problem.pi, 0.0
   if copies or two_stage:
-    pi_far = problem._of_node[0] / g
+    pi_far = problem.of_node[0] / g
   far_warm = pi_far * (problem.work.nodes if copies else 1)
   hot = slopes[0] + 0 * pi
   warm = slopes[1] * pi + slopes[3] * far_warm

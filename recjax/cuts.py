@@ -146,7 +146,7 @@ class Problem:
     return self.overflow_probability / (2 * n * (n + staged * nodes))
 
   @functools.cached_property
-  def _of_node(self):
+  def of_node(self):
     """[K] P(a node touches a row of the bucket in a step), and as `_below`."""
     samples = self.work.local * self.work.devices // self.work.nodes
     pi = self.spectrum.touched(samples)
@@ -158,7 +158,7 @@ class Problem:
     A proxy unites what g devices ask of an owner, who is one of `owners`;
     `near`: rows of the buffer that each of them asks with.
     """
-    pi, *below = self._of_node
+    pi, *below = self.of_node
     mean, variance = (x.between(start, stop) for x in below)
     top = self.spectrum.at(pi, start)
     g = self.work.devices // self.work.nodes

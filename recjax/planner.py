@@ -40,9 +40,9 @@ def make_problem(
     batch_size: B, global.
     lookups: S, lookups of a sample at most.
     dim, dtype, slot_bytes: of a row.
-    overflow_probability: a bound for any buffer of any device in a step, some
-      thirty times the truth, after which a second round is due; None = the
-      expected rows, without padding.
+    overflow_probability: that any buffer of any device overflows in a step and
+      a second round is due; by Bernstein's bound, which is above the truth.
+      None = the expected rows, without padding.
     topology: how fast the machines are; None = simulated CPU devices.
     exchange_dtype: of rows and gradients on the wire.
     dense, compute_dtype: the dense part of the model.

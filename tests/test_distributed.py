@@ -1,6 +1,5 @@
 """Several processes are one job: the same result, and a common end."""
 
-import json
 import os
 import pathlib
 import shutil
@@ -11,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from test_train import lines, quiet
 
 from recjax import config as config_lib
 from recjax import distributed, train
@@ -58,16 +58,6 @@ def config():
       group = getattr(group, name)
     setattr(group, field, value)
   return c
-
-
-def quiet(line):
-  del line
-
-
-def lines(workdir, split):
-  with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
-    found = [json.loads(line) for line in f]
-  return [line for line in found if line["split"] == split]
 
 
 def spawn(*command):
