@@ -100,19 +100,22 @@ def test_bfloat16_is_sent_as_two_bytes():
   check(8, "sparse", "bfloat16")
 
 
-def test_on_64_devices():
-  """A process of its own: this one has eight devices."""
+def on_64_devices(code):
+  """Runs code in a process of its own: this one has eight devices."""
   here = pathlib.Path(__file__)
-  code = (
-    "import jax; jax.config.update('jax_num_cpu_devices', 64);"
-    "import test_collectives as t; t.check(64); t.check(64, 'sparse')"
-  )
+  code = f"import jax; jax.config.update('jax_num_cpu_devices', 64); {code}"
   paths = [str(here.parents[1]), str(here.parent)]
   env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
   run = subprocess.run(
     [sys.executable, "-c", code], env=env, capture_output=True, text=True
   )
   assert run.returncode == 0, run.stderr[-2_000:]
+
+
+def test_on_64_devices():
+  on_64_devices(
+    "import test_collectives as t; t.check(64); t.check(64, 'sparse')"
+  )
 
 
 # ---- Of the text

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import test_train_step as dense
+from test_collectives import on_64_devices
 
 from recjax import collectives, planner, positions, spectrum, tables, train_step
 from recjax.frequency import Profile
@@ -152,7 +153,7 @@ def planned(devices, dtype="float32", pooled=("b", "c")):
   problem = planner.make_problem(
     s,
     devices=devices,
-    batch_size=BATCH,
+    batch_size=max(BATCH, devices),
     lookups=14,
     dim=DIM,
     dtype="float32",
@@ -171,10 +172,8 @@ def planned(devices, dtype="float32", pooled=("b", "c")):
   )
 
 
-@pytest.mark.parametrize(
-  ("devices", "dtype"), [(2, "float32"), (8, "bfloat16")]
-)
-def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
+def check_sent(devices, dtype):
+  """Plan.sent of rows and pooled vectors equals the collectives'."""
   plan = planned(devices, dtype)
   features = FEATURES["bags"]
   model, mesh, state, _ = build(
@@ -189,6 +188,17 @@ def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
   kinds = ("all-to-all", "collective-permute")
   got = sum(c.sent(devices) for c in found if c.kind in kinds)
   assert got == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("devices", "dtype"), [(2, "float32"), (8, "bfloat16")]
+)
+def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
+  check_sent(devices, dtype)
+
+
+def test_on_64_devices():
+  on_64_devices("import test_pooled as t; t.check_sent(64, 'float32')")
 
 
 def test_tables_are_updated_in_place():
