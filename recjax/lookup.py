@@ -1,14 +1,16 @@
 """Three tiers -> activations [b, A, d]; and back: gradients -> updated rows.
 
 Both run inside `shard_map`, on a device's part of the batch. The lookup is
-linear in the rows, so its transpose is derived from the one definition of
-pooling, and a table is never differentiated through.
+linear in the rows: `spread` is the transpose of `pool`, and a table is never
+differentiated through.
 """
 
+import itertools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from recjax import exchange
@@ -67,20 +69,50 @@ def coefficients(ids, weights, features: tuple[Feature, ...]):
   return jnp.concatenate(out, axis=1)
 
 
-def pool(rows, coefficients, features: tuple[Feature, ...]):
-  """rows [b, S, d], coefficients [b, S] or None -> activations [b, A, d]."""
-  if coefficients is not None:
-    rows = rows * coefficients[..., None]
-  if all(f.activations == f.hotness for f in features):
-    return rows
+def pool(take, coefficients, features: tuple[Feature, ...]):
+  """Activations [b, A, d] float32 of the rows that a batch looks up.
+
+  Each bag is summed where its rows are gathered: the rows of all bags, many
+  times the activations, are never there at once.
+
+  Args:
+    take: slice of the S columns -> their rows [b, columns, d] float32.
+    coefficients: [b, S] or None.
+    features: F; neighbours that are not summed are gathered together.
+  """
   out, at = [], 0
+  alike = itertools.groupby(features, lambda f: f.activations < f.hotness)
+  for summed, group in alike:
+    widths = [f.hotness for f in group]
+    for width in widths if summed else [sum(widths)]:
+      columns = slice(at, at + width)
+      rows = take(columns)
+      if coefficients is not None:
+        rows = rows * coefficients[:, columns, None]
+      out.append(jnp.sum(rows, axis=1, keepdims=True) if summed else rows)
+      at += width
+  return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+
+
+def spread(gradients, coefficients, features: tuple[Feature, ...]):
+  """The transpose of `pool`: [b, A, d] float32 -> [b, S, d], of the rows.
+
+  A gather of rows; derived by JAX it would be a sum of padded arrays, one a
+  feature, which takes several times as long on XLA:CPU (jax 0.10).
+  """
+  b, _, dim = gradients.shape
+  column, activations = [], 0  # [S]: the activation that it goes to
   for f in features:
-    part = rows[:, at : at + f.hotness]
-    if f.activations != f.hotness:
-      part = jnp.sum(part, axis=1, keepdims=True)
-    out.append(part)
-    at += f.hotness
-  return jnp.concatenate(out, axis=1)
+    own = range(f.hotness) if f.pooling == "none" else [0] * f.hotness
+    column += [activations + i for i in own]
+    activations += f.activations
+  if activations < len(column):
+    first = activations * lax.iota(jnp.int32, b)
+    at = first[:, None] + np.array(column, np.int32)[None]
+    gradients = gradients.reshape(-1, dim)[at]
+  if coefficients is not None:
+    gradients = gradients * coefficients[..., None]
+  return gradients
 
 
 # ---- Read
@@ -103,18 +135,13 @@ def read(
   exchange_dtype,
 ):
   """Activations [b, A, d] float32, and the trip for `update`."""
-  b, columns = ids.shape
   alone = ids  # that travel row by row
   if plan.pooled:
     alone = jnp.where(pooled_lib.lookups(ids, features, plan), -1, ids)
   flat = alone.reshape(-1)
   coef = coefficients(ids, weights, features)
 
-  def pooled(rows):  # [L, d]
-    rows = rows.astype(jnp.float32).reshape(b, columns, plan.dim)
-    return pool(rows, coef, features)
-
-  def one_round(now):
+  def from_buffers(now):
     buffers = []
     for name, way in exchange.ways(plan).items():
       asked = getattr(now, name)
@@ -122,28 +149,35 @@ def read(
       rows = rows.astype(exchange_dtype)
       buffers.append(exchange.bring(rows, asked, way, plan))
     rows = jnp.concatenate(buffers) if len(buffers) > 1 else buffers[0]
-    at = exchange.positions(route, now, plan)
-    return rows.at[at].get(mode="fill", fill_value=0)
+    at = exchange.positions(route, now, plan).reshape(ids.shape)
+    take = lambda at: rows.at[at].get(mode="fill", fill_value=0)
+    return lambda columns: take(at[:, columns])
+
+  def from_replica(columns):
+    at = alone[:, columns]
+    at = jnp.where((at >= 0) & (at < plan.hot), at, plan.hot)
+    return tables.hot.rows.at[at].get(mode="fill", fill_value=0)
+
+  def pooled(*tiers):
+    take = lambda columns: sum(x(columns).astype(jnp.float32) for x in tiers)
+    return pool(take, coef, features)
 
   with jax.named_scope("route"):
     route = exchange.route(flat, plan)
     now = exchange.next_round(route, route.starts[:-1], plan)
   with jax.named_scope("lookup"):
-    rows = None
+    tiers = []
     if plan.hot < plan.rows:
-      rows = one_round(now).astype(jnp.float32)
+      tiers.append(from_buffers(now))
     if plan.hot:
-      at = jnp.where((flat >= 0) & (flat < plan.hot), flat, plan.hot)
-      hot = tables.hot.rows.at[at].get(mode="fill", fill_value=0)
-      hot = hot.astype(jnp.float32)
-      rows = hot if rows is None else rows + hot
-    activations = pooled(rows)
+      tiers.append(from_replica)
+    activations = pooled(*tiers)
     if plan.hot < plan.rows and not exchange.one_round(plan, flat.shape[0]):
 
       def more(carry):
         activations, begin, _ = carry
         now = exchange.next_round(route, begin, plan)
-        return activations + pooled(one_round(now)), now.end, now.more
+        return activations + pooled(from_buffers(now)), now.end, now.more
 
       activations, *_ = lax.while_loop(
         lambda c: c[2], more, (activations, now.end, now.more)
@@ -292,14 +326,7 @@ def update(
   Returns:
     (tables, the number of rounds that it took [] int32).
   """
-  b = gradients.shape[0]
-  like = jax.ShapeDtypeStruct(
-    (b, trip.ids.shape[0] // b, plan.dim), jnp.float32
-  )
-  spread = jax.linear_transpose(
-    lambda rows: pool(rows, trip.coefficients, features), like
-  )
-  (grads,) = spread(gradients)
+  grads = spread(gradients, trip.coefficients, features)
   grads = grads.reshape(-1, plan.dim)  # [L, d]
 
   hot = tables.hot
