@@ -5,12 +5,15 @@
 Without a topology file this mesh is calibrated first (scripts/calibrate.py).
 Then, for each setting (tables, batch, budget, optimizer, model), the planner's
 choice and a sweep of other plans within the same budgets train on the same
-batches, drawn from the power laws that were planned for. Every plan is timed
-in rounds, one plan after the other, so that noise hits all alike; its time is
-the median. Printed are measured and predicted milliseconds of every plan, and
-how the choice compares with the best of them: with the least median of all,
-which of ten noisy plans is more often lucky than best, and, without that bias,
-with the plan that was best in the odd rounds, both timed in the even ones.
+batches, drawn from the power laws that were planned for. The sweep varies the
+cut points and how hot gradients meet; where samples have many lookups, which
+tables their owners pool; and on two or four nodes, simulated ones whose network
+is as fast as their links, how rows travel. Every plan is timed in rounds, one
+plan after the other, so that noise hits all alike; its time is the median.
+Printed are measured and predicted milliseconds of every plan, and how the
+choice compares with the best of them: with the least median of all, which of
+ten noisy plans is more often lucky than best, and, without that bias, with the
+plan that was best in the odd rounds, both timed in the even ones.
 """
 
 import argparse
@@ -35,10 +38,8 @@ KAGGLE = (
   *(15, 60_000, 105, 30_000),
 )  # Criteo Kaggle's, the large ones a thirtieth
 FEW = (1_000_000, 200_000, 50_000, 5_000, 500, 50)
+BAGS = (1, 1, 20, 1, 50, 5)  # lookups of a sample in FEW
 _TIMED = 3  # steps of a plan in a round
-# Beside the cuts, what a plan may choose: arguments of planner.solve.
-EXCHANGES = tuple({"syncs": (sync,)} for sync in cuts.HOT_SYNCS)
-
 
 SETTINGS = (
   Setting(KAGGLE, 1.15, 16, 8_192, 0.05),
@@ -53,56 +54,77 @@ SETTINGS = (
   Setting(FEW, 1.45, 64, 16_384, 0.01, "adagrad"),
   Setting(FEW, 1.05, 16, 1_024, 1.00, "adagrad"),
   Setting(FEW, 1.15, 16, 4_096, 0.02, "adam", "bfloat16"),
+  Setting(FEW, 1.05, 16, 2_048, 1.00, hotness=BAGS),
+  Setting(FEW, 1.15, 64, 1_024, 0.20, "sgd", hotness=BAGS),
+  Setting(KAGGLE, 1.15, 16, 8_192, 0.20, node_devices=4),
+  Setting(FEW, 1.05, 64, 4_096, 0.05, "sgd", node_devices=2),
 )
 
 
 # ---- What is run
 
 
+def exchanges(setting: Setting, problem) -> list[dict]:
+  """What a plan may choose beside the cuts: arguments of planner.solve."""
+  if setting.node_devices:
+    return [{"ways": (way,)} for way in cuts.transports(problem.work)]
+  if setting.hotness:
+    longest = sorted(setting.features, key=lambda f: -f.hotness)
+    names = [f.name for f in longest]
+    return [{"pooled": tuple(names[:count])} for count in (0, 1, 3)]
+  return [{"syncs": (sync,)} for sync in cuts.HOT_SYNCS]
+
+
 def sweep(problem, setting: Setting) -> list[Plan]:
   """The planner's choice, then others that fit, none twice."""
-  stored, rows = problem.work.stored, problem.spectrum.rows
+  work, rows = problem.work, problem.spectrum.rows
   fit = int(setting.share * rows)
   solve = lambda **arguments: planner.solve(
     problem,
     hosts=1,
-    device_bytes=fit * stored,
-    host_bytes=2 * rows * stored,
+    device_bytes=fit * work.stored,
+    host_bytes=2 * rows * work.stored,
     **arguments,
   )
   chosen = solve()
   plans = {key(chosen): chosen}
+  ways = exchanges(setting, problem)
   for hot in (0, chosen.hot, fit // 4, fit // 64):
-    most = int(cuts.most_warm(rows, hot, fit, problem.work.devices))
-    tried = [(most, way) for way in EXCHANGES] + [(0, EXCHANGES[0])]
-    for warm, way in tried if hot else tried[:1]:
-      plan = solve(hot_rows=hot, warm_rows=warm, **way)
-      plans.setdefault(key(plan), plan)
+    for way in ways:
+      owners = way.get("ways", (cuts.FLAT,))[0].warm_owners(work)
+      most = int(cuts.most_warm(rows, hot, fit, owners))
+      for warm in (most, 0) if hot and way is ways[0] else (most,):
+        plan = solve(hot_rows=hot, warm_rows=warm, **way)
+        plans.setdefault(key(plan), plan)
   return list(plans.values())
 
 
 def key(plan: Plan):
-  return plan.hot, plan.warm_end, plan.hot_sync if plan.hot else ""
+  sync = plan.hot_sync if plan.hot else ""
+  way = plan.exchange, plan.warm_copies, plan.pooled
+  return plan.hot, plan.warm_end, sync, *way
 
 
 # ---- Settings, one after the other
 
 
 def compile_all(setting: Setting, t, mesh) -> list[Run]:
+  mesh = make_mesh(mesh.devices.size, setting.node_devices)
   plans = sweep(problem_of(setting, t, mesh.devices.size), setting)
   return [Run(setting, plan, mesh) for plan in plans]
 
 
-def compare(setting: Setting, runs: list[Run], mesh, args):
+def compare(setting: Setting, runs: list[Run], args):
   """(predicted / measured of the choice, choice / best, the same unbiased)."""
-  batches = draw(setting, mesh, 8)
+  mesh = runs[0].mesh
+  drawn = draw(setting, mesh, 8)
   for run in runs:
-    run.start()
+    run.start(drawn)
   end = time.perf_counter() + args.seconds
   rounds = 0
   while rounds < 3 or time.perf_counter() < end:
     for run in runs:
-      run.steps(batches, _TIMED)
+      run.steps(_TIMED)
     rounds += 1
   for run in runs:
     run.stop()
@@ -112,10 +134,13 @@ def compare(setting: Setting, runs: list[Run], mesh, args):
   ]
   for i in np.argsort(times):
     plan, run = runs[i].plan, runs[i]
+    ways = f" {len(plan.pooled)} pooled" if plan.pooled else ""
+    if plan.node_devices and setting.node_devices:
+      ways = f" {plan.exchange}, {plan.warm_copies}"
     print(
       f"  {'chosen' if i == 0 else '':6} {plan.hot:>9,} hot "
       f"{plan.hot_sync if plan.hot else '':6} {plan.warm:>9,} warm "
-      f"{plan.cold:>9,} cold: {1e3 * times[i]:7.2f} ms, predicted "
+      f"{plan.cold:>9,} cold{ways}: {1e3 * times[i]:7.2f} ms, predicted "
       f"{1e3 * plan.step_seconds:7.2f} ({ratios[i]:.2f} x)"
       + (f", {run.rounds} rounds" if run.rounds > 1 else "")
     )
@@ -158,7 +183,7 @@ def main() -> None:
   for i in args.only or range(len(SETTINGS)):
     runs = compile_all(SETTINGS[i], t, mesh)
     print(f"[{time.perf_counter() - begin:.0f} s] {i}: {SETTINGS[i]}")
-    found.append(compare(SETTINGS[i], runs, mesh, args))
+    found.append(compare(SETTINGS[i], runs, args))
     del runs  # XLA:CPU maps memory for each program, and there is a limit
   ratios, *losses = map(np.array, zip(*found, strict=True))
   near = int(np.sum(abs(ratios - 1) <= 0.25))

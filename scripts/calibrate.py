@@ -185,12 +185,12 @@ def refined(mesh, t: topology.Topology) -> topology.Topology:
         sum(step_cost.step_seconds(w, t, x).values())
       )
       terms.append([took(scaled(t, f, 2.0)) - took(t) for f in FITTED])
-    batches = draw(setting, mesh, 4)
+    drawn = draw(setting, mesh, 4)
     for run in runs:
-      run.start()
+      run.start(drawn)
     for _ in range(8):
       for run in runs:
-        run.steps(batches, 3)
+        run.steps(3)
     for run in runs:
       run.stop()
       seconds.append(float(np.median(run.seconds)))

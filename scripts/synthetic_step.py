@@ -7,6 +7,7 @@ import dataclasses
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
@@ -17,8 +18,10 @@ import optax
 
 from recjax import config as config_lib
 from recjax import (
+  cost,
   models,
   planner,
+  positions,
   sparse_optim,
   spectrum,
   step_cost,
@@ -27,6 +30,7 @@ from recjax import (
   train_step,
 )
 from recjax.cuts import Problem
+from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, replicated
 from recjax.plan import Plan
 from recjax.specs import Feature
@@ -45,6 +49,8 @@ class Setting:
   optimizer: str = "rowwise_adagrad"
   wire: str = "float32"
   layers: tuple = SMALL  # of the model: (bottom, top)
+  hotness: tuple[int, ...] = ()  # lookups of a sample by table; () = one each
+  node_devices: int = 0  # 0 = one node
 
   def __str__(self):
     size = "small" if self.layers == SMALL else "large"
@@ -52,18 +58,29 @@ class Setting:
       f"{len(self.tables)} tables, {sum(self.tables):,} rows, exponent "
       f"{self.exponent}, dim {self.dim}, batch {self.batch:,}, a device holds "
       f"{self.share:.0%}, {self.optimizer}, {self.wire} wire, {size} MLPs"
+      + (f", {sum(self.hotness)} lookups a sample" if self.hotness else "")
+      + (f", nodes of {self.node_devices}" if self.node_devices else "")
     )
+
+  @property
+  def features(self) -> tuple[Feature, ...]:
+    names = [f"C{i}" for i in range(len(self.tables))]
+    return tuple(map(Feature, names, names, self.hotness or (1,) * len(names)))
 
 
 def problem_of(setting: Setting, t: topology.Topology, devices: int) -> Problem:
-  names = [f"C{i}" for i in range(len(setting.tables))]
-  named = map(spectrum.Table, names, setting.tables)
+  """Of a mesh whose network is as fast as its links."""
+  names = [f.name for f in setting.features]
+  hotness = [f.hotness for f in setting.features]
+  named = map(spectrum.Table, names, setting.tables, hotness)
   bottom, top = setting.layers
+  if setting.node_devices:
+    t = dataclasses.replace(t, node_devices=setting.node_devices)
   return planner.make_problem(
     spectrum.power_law(tuple(named), setting.exponent),
     devices=devices,
     batch_size=setting.batch,
-    lookups=len(names),
+    lookups=sum(hotness),
     dim=setting.dim,
     dtype="float32",
     slot_bytes=sparse_optim.slot_bytes(setting.optimizer, setting.dim),
@@ -75,28 +92,42 @@ def problem_of(setting: Setting, t: topology.Topology, devices: int) -> Problem:
   )
 
 
-def draw(setting: Setting, mesh, count: int):
-  """Batches of ranks, from the power laws that the spectrum is of."""
+class Drawn(NamedTuple):
+  batches: list  # of ranks, on the mesh
+  profile: Profile  # of which only the tables of rows are true
+
+
+def draw(setting: Setting, mesh, count: int) -> Drawn:
+  """Batches from the power laws that the spectrum is of."""
   rng = np.random.default_rng(0)
+  features = setting.features
   p = [np.arange(1, r + 1.0) ** -setting.exponent for r in setting.tables]
   p = [x / x.sum() for x in p]
-  order = np.argsort(-np.concatenate(p), kind="stable")
+  touched = [
+    cost.bag_probability(x, f.hotness) for x, f in zip(p, features, strict=True)
+  ]
+  order = np.argsort(-np.concatenate(touched), kind="stable")
   rank = np.empty(len(order), np.int32)
   rank[order] = np.arange(len(order), dtype=np.int32)
   first = np.cumsum([0, *setting.tables[:-1]])
+  table = np.repeat(np.arange(len(p), dtype=np.int16), setting.tables)[order]
   batches = []
   for _ in range(count):
     ids = [
-      start + np.searchsorted(np.cumsum(x)[:-1], rng.random(setting.batch))
-      for start, x in zip(first, p, strict=True)
+      start
+      + np.searchsorted(
+        np.cumsum(x)[:-1], rng.random((setting.batch, f.hotness))
+      )
+      for start, x, f in zip(first, p, features, strict=True)
     ]
     batch = {
       "label": (rng.random(setting.batch) < 0.25).astype(np.float32),
       "dense": rng.random((setting.batch, DENSE), np.float32),
-      "ids": rank[np.stack(ids, axis=1)],
+      "ids": rank[np.concatenate(ids, axis=1)],
     }
     batches.append(jax.device_put(batch, batch_sharding(mesh)))
-  return batches
+  names = tuple(f.name for f in features)
+  return Drawn(batches, Profile(1, names, np.ones(len(table), np.int64), table))
 
 
 class Run:
@@ -105,17 +136,16 @@ class Run:
   def __init__(self, setting: Setting, plan: Plan, mesh):
     self.plan, self.mesh = plan, mesh
     bottom, top = setting.layers
-    names = [f"C{i}" for i in range(len(setting.tables))]
     self.params, apply = models.build(
       config_lib.Model(bottom=bottom, top=top),
       DENSE,
-      len(names),
+      len(setting.features),
       setting.dim,
       0,
     )
     self.model = train_step.Model(
       apply=apply,
-      features=tuple(Feature(name, name) for name in names),
+      features=setting.features,
       dense_optimizer=optax.adagrad(0.01, 0.0, 1e-8),
       sparse_optimizer=sparse_optim.OPTIMIZERS[setting.optimizer](0.01),
       plan=plan,
@@ -136,17 +166,24 @@ class Run:
       *jax.device_put(dense, replicated(self.mesh)), rows
     )
 
-  def start(self):
-    self.state = self.initial()
+  def start(self, drawn: Drawn):
+    self.state, self.batches = self.initial(), drawn.batches
+    to_positions = positions.from_ranks(self.plan, drawn.profile)
+    if to_positions:
+      self.batches = [dict(x) for x in self.batches]
+      for x in self.batches:
+        ids = to_positions(np.asarray(x["ids"]))
+        x["ids"] = jax.device_put(ids, batch_sharding(self.mesh))
 
   def stop(self):
-    del self.state
+    del self.state, self.batches
 
-  def steps(self, batches, timed: int):
+  def steps(self, timed: int):
     """One more step comes first, as another plan has left the caches."""
     for i in range(timed + 1):
       begin = time.perf_counter()
-      self.state, out = self.step(self.state, batches[i % len(batches)])
+      batch = self.batches[i % len(self.batches)]
+      self.state, out = self.step(self.state, batch)
       jax.block_until_ready(self.state)
       if i:
         self.seconds.append(time.perf_counter() - begin)
