@@ -266,6 +266,8 @@ def of_shards(
   seconds = {k: float(terms.get(k, 0.0)) for k in base}
   for k in ("all-reduce", "dense", "launch"):
     seconds[k] = float(base[k])
+  sharded = bool(held.any()) + bool(host.any())
+  seconds["launch"] += sharded * (1 + train) * t.tier_latency
   if replicas:
     own = step_cost.sent_bytes(work, Load(float(replicas)))
     sent["replicas"] = own["hot gradients"]

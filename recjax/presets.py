@@ -28,7 +28,8 @@ _MATMUL = 0.4  # assumption: MLPs of widths 256 to 1,024
 # A100 for 256 M keys. 64-bit keys: twice the passes of twice the bytes; a
 # million keys do not fill the device: half of that again. By bandwidth.
 _SORT_A100 = 29.4e9 / 4 / 2
-_LAUNCH = 300 * US  # assumption: some hundred kernels
+_LAUNCH = 200 * US  # assumption: a hundred kernels
+_TIER = 10 * US  # assumption: a few kernels
 
 
 def _gpu(
@@ -66,6 +67,7 @@ def _gpu(
     matmul_float32=_MATMUL * float32,
     matmul_bfloat16=_MATMUL * bfloat16,
     launch=_LAUNCH,
+    tier_latency=_TIER,
     host_memory=host_memory,
     host_gather=0.25 * host_bandwidth,  # assumption: rows at random, NUMA
     host_link=_LINK * pcie,
@@ -98,6 +100,7 @@ def _tpu(
     matmul_float32=_MATMUL * bfloat16 / 6,  # float32 = six bfloat16 passes
     matmul_bfloat16=_MATMUL * bfloat16,
     launch=_LAUNCH,
+    tier_latency=_TIER,
     host_memory=ram,
     host_gather=20 * GB,  # assumption
     host_link=_LINK * 31.5 * GB,  # PCIe Gen4 x16; v6e's page says Gen5
@@ -182,31 +185,32 @@ def cpu(devices: int) -> Topology:
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   n = max(devices, 1)
   each = (os.cpu_count() or 2) / 2 / n  # of two cores' rates
-  latency = 25 * US / each
+  latency = 18 * US / each
   return Topology(
     name="cpu",
     node_devices=n,
     host_devices=n,
     torus=0,
-    link=6.5 * GB * each,
+    link=7.7 * GB * each,
     link_latency=latency,
-    ring=35 * GB * each,
+    ring=25 * GB * each,
     ring_latency=latency,
     network=1 * GB * each,  # assumption: the loopback, gloo
     network_latency=latency,
     device_memory=ram / 2 / n,
-    stream=34 * GB * each,
-    gather=3.6 * GB * each,
-    cached_gather=13 * GB * each,
-    cached_add=20 * GB * each,
-    sort=19e6 * each,
-    matmul_float32=160e9 * each,
-    matmul_bfloat16=150e9 * each,
-    launch=0.43e-3 / each,
+    stream=26 * GB * each,
+    gather=5.6 * GB * each,
+    cached_gather=16 * GB * each,
+    cached_add=30 * GB * each,
+    sort=29e6 * each,
+    matmul_float32=180e9 * each,
+    matmul_bfloat16=180e9 * each,
+    launch=0.34e-3 / each,
+    tier_latency=35 * US / each,
     host_memory=ram / 2,
-    host_gather=3.4 * GB * each * n,  # the same memory
-    host_link=29 * GB * each,
-    host_latency=latency / 2,
+    host_gather=4.5 * GB * each * n,  # the same memory
+    host_link=32 * GB * each,
+    host_latency=14 * US / each,
     source="two cores of an AMD EPYC (Zen 4), jax 0.10, rounded",
   )
 

@@ -250,6 +250,7 @@ def step_seconds(work: Work, t: Topology, load: Load):
   united = warm * (load.far_warm is not None)
   united = united + cold * (load.far_cold is not None)
   replicas = np.asarray(hot) > 0
+  tiers = replicas + 1.0 * (warm > 0) + 1.0 * (cold > 0)
   sent = sent_bytes(work, load)
 
   sorted_keys = ids + train * (n > 1) * owned + united
@@ -280,7 +281,7 @@ def step_seconds(work: Work, t: Topology, load: Load):
   if gathered is None:  # XLA combines it with that of the dense gradients
     reduced = reduced + train * 4.0 * (d + 1) * hot
     # Zeros, the sum, and rows and slots read and written, all of the tier.
-    whole = hot * (3.0 * 4 * (d + 1) + 4 * work.stored)
+    whole = hot * (3.0 * 4 * (d + 1) + 2 * work.stored)
     optimizer = optimizer + whole / t.stream
     added = added + train * replicas * ids * (wide + 4)
   else:
@@ -304,7 +305,7 @@ def step_seconds(work: Work, t: Topology, load: Load):
     "host rows": host_rows / (t.host_gather / min(n, t.host_devices)),
     "dense": _dense_seconds(work, t) + 0.0 * hot,
     "optimizer": train * optimizer,
-    "launch": t.launch + 0.0 * hot,
+    "launch": t.launch + tiers * (1 + train) * t.tier_latency,
   }
   if load.pooled is not None:
     for term, seconds in _pooled_seconds(work, t, load.pooled).items():
@@ -315,16 +316,16 @@ def step_seconds(work: Work, t: Topology, load: Load):
 def _dense_seconds(work: Work, t: Topology) -> float:
   """Products at their rate, and all else in passes over memory.
 
-  A pass forward reads and writes the activations, backward twice that; the
-  parameters are read once forward, five times more (re-layouts, gradients
-  written) backward, and seven times by their optimizer (Adagrad).
+  A pass forward reads and writes the activations, backward twice that; each
+  lookup's row is written and read once, and so is its gradient. The parameters
+  are read once forward, five times more (re-layouts, gradients written)
+  backward, and seven times by their optimizer (Adagrad).
   """
   matmul = t.matmul_bfloat16 if work.compute == "bfloat16" else t.matmul_float32
   passes, params = (3, 13) if work.train else (1, 1)
   lookups = work.ids / max(work.local, 1)
-  moved = (
-    2 * passes * work.local * 4.0 * (work.dense.floats + lookups * work.dim)
-  )
+  floats = passes * work.dense.floats + (1 + work.train) * lookups * work.dim
+  moved = 2 * work.local * 4.0 * floats
   moved += params * 4.0 * work.dense.params
   return passes * work.local * work.dense.flops / matmul + moved / t.stream
 

@@ -41,6 +41,7 @@ class Topology:
   matmul_float32: float  # FLOP/s
   matmul_bfloat16: float  # FLOP/s
   launch: float  # s, of a step whatever its size
+  tier_latency: float  # s, of a tier that has rows, forward or backward
   host_memory: float  # bytes of a host
   host_gather: float  # bytes/s of rows at random, of a host
   host_link: float  # bytes/s between host and device, one direction
@@ -62,6 +63,7 @@ _LIMITS = {  # what no machine is below or above
   "ring_latency": (0, 1),
   "network_latency": (0, 1),
   "launch": (0, 10),
+  "tier_latency": (0, 1),
   "host_latency": (0, 1),
   "device_memory": (1 << 20, 1 << 50),
   "host_memory": (1 << 20, 1 << 50),

@@ -11,13 +11,13 @@ the links' own.
 """
 
 import argparse
-import dataclasses
 import datetime
 import os
 import platform
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from synthetic_step import LARGE, Run, Setting, draw, problem_of
+from refine import refined, timed_steps
 
-from recjax import planner, step_cost, topology
+from recjax import topology
 from recjax.exchange import coalesce
 from recjax.mesh import AXIS, make_mesh, simulate_devices
 from recjax.tables import DEVICE, HOST, gather, on_host
@@ -85,13 +85,17 @@ class Bench:
     return lambda: jax.block_until_ready(run(*args))
 
   def seconds(self, calls) -> np.ndarray:
-    """Median of each, in rounds, so that noise hits all alike."""
-    out = np.zeros((self.repeats + 3, len(calls)))
+    """Median of each, in rounds, so that noise hits all alike.
+
+    One more call comes first, as another has left the caches.
+    """
+    out = np.zeros((self.repeats, len(calls)))
     for i, j in np.ndindex(out.shape):
+      calls[j]()
       start = time.perf_counter()
       calls[j]()
       out[i, j] = time.perf_counter() - start
-    return np.median(out[3:], axis=0)
+    return np.median(out, axis=0)
 
 
 def line(amounts, seconds) -> tuple[float, float]:
@@ -119,118 +123,23 @@ def from_host(table, slots):
   return on_host(gather, DEVICE)(table, jax.device_put(pairs(slots), HOST))
 
 
-# Whole steps that the rates are refined by: none that bench_choice.py runs.
-_TABLES = (400_000, 90_000, 40_000, 9_000, 2_000, 500, 100, 20)
-STEPS = (
-  Setting((1_000,) * 8, 1.05, 16, 0, 1.0),  # of one sample a device
-  Setting(_TABLES, 1.1, 16, 8_192, 1.0),
-  Setting(_TABLES, 1.1, 64, 2_048, 1.0, "adagrad"),
-  Setting(_TABLES, 1.25, 32, 4_096, 1.0, "sgd", layers=LARGE),
-)
-# Hot rows, whether the others are warm, how hot gradients meet.
-CUTS = (
-  (0, True, "dense"),
-  (0, False, "dense"),
-  (400, True, "dense"),
-  (400, False, "dense"),
-  (6_000, True, "sparse"),
-  (40_000, True, "dense"),
-)
-# What steps are made of; latencies first.
-FITTED = (
-  *("launch", "link_latency", "ring_latency", "host_latency"),
-  *("stream", "gather", "cached_gather", "cached_add", "sort"),
-  *("matmul_float32", "link", "ring", "host_gather", "host_link"),
-)
-_TRUST = 0.02  # of a rate's own measurement against the steps'; see refined
+class Operation(NamedTuple):
+  """One of a step's, to be timed at several sizes."""
+
+  name: str
+  unit: str
+  amounts: list[float]  # units, a size each
+  calls: list
 
 
-def scaled(t: topology.Topology, field: str, factor: float):
-  """t, where what the field stands for takes `factor` times as long."""
-  value = getattr(t, field)
-  value = value * factor if FITTED.index(field) < 4 else value / factor
-  return dataclasses.replace(t, **{field: value})
+def operations(bench: Bench) -> list[Operation]:
+  n, found = bench.n, []
 
+  def add(name, unit, sizes, amount, call):
+    amounts = [float(amount(s)) for s in sizes]
+    found.append(Operation(name, unit, amounts, [call(s) for s in sizes]))
 
-def refined(mesh, t: topology.Topology) -> topology.Topology:
-  """Rates that whole train steps show, near those of single operations.
-
-  The model of a step (step_cost.py) is a sum of terms, each as long as one
-  rate says. The factors f of the rates minimise the squares of the relative
-  errors of measured steps, plus `_TRUST` (f - 1)^2 each: a step's operations
-  run in another neighbourhood than alone.
-  """
-  n = mesh.devices.size
-  terms, seconds = [], []
-  for setting in STEPS:
-    if not setting.batch:
-      setting = dataclasses.replace(setting, batch=n)
-    problem = problem_of(setting, t, n)
-    rows, stored = problem.spectrum.rows, problem.work.stored
-    runs = []
-    for hot, warm, sync in CUTS:
-      plan = planner.solve(
-        problem,
-        hosts=1,
-        device_bytes=2 * rows * stored,
-        host_bytes=2 * rows * stored,
-        hot_rows=hot,
-        warm_rows=rows if warm else 0,
-        syncs=(sync,),
-        pooled=(),
-      )
-      runs.append(Run(setting, plan, mesh))
-      load = problem.load_of_cuts(plan.hot, plan.warm_end, sync)
-      took = lambda t, w=problem.work, x=load: float(
-        sum(step_cost.step_seconds(w, t, x).values())
-      )
-      terms.append([took(scaled(t, f, 2.0)) - took(t) for f in FITTED])
-    drawn = draw(setting, mesh, 4)
-    for run in runs:
-      run.start(drawn)
-    for _ in range(8):
-      for run in runs:
-        run.steps(3)
-    for run in runs:
-      run.stop()
-      seconds.append(float(np.median(run.seconds)))
-  shares = np.array(terms) / np.array(seconds)[:, None]
-  known = np.sqrt(_TRUST) * np.eye(len(FITTED))
-  left = np.concatenate([shares, known])
-  right = np.concatenate([np.ones(len(shares)), known.sum(axis=1)])
-  factors = np.clip(np.linalg.lstsq(left, right, rcond=None)[0], 0.25, 4.0)
-  for name, x in (("alone", np.ones(len(FITTED))), ("refined", factors)):
-    off = shares @ x - 1
-    off = (off.min(), off.max(), np.sqrt(np.mean(off**2)))
-    print(
-      "steps by rates {}: {:+.0%} to {:+.0%}, rms {:.0%}".format(name, *off)
-    )
-  for field, factor in zip(FITTED, factors, strict=True):
-    t = scaled(t, field, float(factor))
-    print(f"{field:16} {getattr(t, field):.3g}, {factor:.2f} times as long")
-  network = {"network": t.link, "network_latency": t.link_latency}
-  return dataclasses.replace(t, **network)
-
-
-def measure(bench: Bench) -> dict[str, float]:
-  """The rates and latencies of a Topology, by field."""
-  n = bench.n
-
-  empty = bench.seconds([bench.call(lambda x: x + 1, bench.floats(8 * n))])[0]
-  print(f"{'call':16} {1e6 * empty:.3g} us")
-
-  def fit(name, unit, sizes, amount, call):
-    times = bench.seconds([call(s) for s in sizes]) - empty
-    times = np.maximum(times, 1e-7)
-    latency, rate = line([amount(s) for s in sizes], times)
-    shown = ", ".join(
-      f"{amount(s):.2g}: {1e3 * t:.3g} ms"
-      for s, t in zip(sizes, times, strict=True)
-    )
-    print(f"{name:16} {rate:.3g} {unit}/s + {1e6 * latency:.3g} us ({shown})")
-    return latency, rate
-
-  _, stream = fit(
+  add(
     "stream",
     "B",
     [1 << k for k in (18, 20, 22)],
@@ -239,7 +148,7 @@ def measure(bench: Bench) -> dict[str, float]:
   )
   table = bench.floats(ROWS, n, DIM, spec=TABLE)
   counts = [1 << k for k in (10, 13, 15)]
-  _, gathered = fit(
+  add(
     "gather",
     "B",
     counts,
@@ -249,7 +158,7 @@ def measure(bench: Bench) -> dict[str, float]:
     ),
   )
   few = bench.floats(CACHED * n, DIM)
-  _, cached_gather = fit(
+  add(
     "cached gather",
     "B",
     counts,
@@ -260,7 +169,7 @@ def measure(bench: Bench) -> dict[str, float]:
       bench.ids(s, CACHED),
     ),
   )
-  _, cached_add = fit(
+  add(
     "cached add",
     "B",
     counts,
@@ -273,39 +182,35 @@ def measure(bench: Bench) -> dict[str, float]:
     ),
   )
   host_table = bench.floats(ROWS, n, DIM, spec=TABLE, host=True)
-  _, host_gather = fit(
+  add(
     "host gather",
     "B",
     counts,
     lambda s: 4 * DIM * s * n,  # of the host, all devices together
     lambda s: bench.call(from_host, host_table, bench.asked(s)),
   )
-  _, sort = fit(
+  add(
     "sort",
     "keys",
-    [1 << k for k in (10, 13, 15)],
+    counts,
     float,
     lambda s: bench.call(lambda i: sum(coalesce(i)), bench.ids(s, 1 << 20)),
   )
-
-  def matmul(dtype):
-    return fit(
-      f"matmul {np.dtype(dtype).name}",
+  for dtype in (jnp.dtype("float32"), jnp.dtype("bfloat16")):
+    add(
+      f"matmul {dtype}",
       "FLOP",
       [64, 256, 1_024],
       lambda s: 2 * s * 512 * 512,
-      lambda s: bench.call(
+      lambda s, dtype=dtype: bench.call(
         jnp.dot,
         bench.floats(n * s, 512, dtype=dtype),
         bench.floats(512, 512, spec=PartitionSpec(), dtype=dtype),
       ),
-    )[1]
-
-  link_latency = ring_latency = 1e-7
-  link = ring = stream
+    )
   if n > 1:
     sizes = [1 << k for k in (6, 12, 15)]
-    link_latency, link = fit(
+    add(
       "all-to-all",
       "B",
       sizes,
@@ -314,7 +219,7 @@ def measure(bench: Bench) -> dict[str, float]:
         lambda x: lax.all_to_all(x, AXIS, 0, 0), bench.floats(n * n, s)
       ),
     )
-    ring_latency, ring = fit(
+    add(
       "all-reduce",
       "B",
       sizes,
@@ -323,24 +228,48 @@ def measure(bench: Bench) -> dict[str, float]:
         lambda x: lax.psum(x, AXIS), bench.floats(n * n * s)
       ),
     )
+  return found
+
+
+def measure(bench: Bench) -> dict[str, float]:
+  """The rates and latencies of a Topology, by field."""
+  found = operations(bench)
+  nothing = bench.call(lambda x: x + 1, bench.floats(8 * bench.n))
+  calls = [nothing, *(call for x in found for call in x.calls)]
+  empty, *times = bench.seconds(calls)
+  print(f"{'call':16} {1e6 * empty:.3g} us")
+  lines, at = {}, 0
+  for name, unit, amounts, calls in found:
+    took = np.maximum(np.array(times[at : at + len(calls)]) - empty, 1e-7)
+    at += len(calls)
+    latency, rate = lines[name] = line(amounts, took)
+    shown = ", ".join(
+      f"{amount:.2g}: {1e3 * t:.3g} ms"
+      for amount, t in zip(amounts, took, strict=True)
+    )
+    print(f"{name:16} {rate:.3g} {unit}/s + {1e6 * latency:.3g} us ({shown})")
+  alone = 1e-7, lines["stream"][1]  # one device has no links
+  link_latency, link = lines.get("all-to-all", alone)
+  ring_latency, ring = lines.get("all-reduce", alone)
   return {
-    "launch": 20 * empty,  # a guess, refined by whole steps
-    "stream": stream,
-    "gather": gathered,
-    "cached_gather": cached_gather,
-    "cached_add": cached_add,
-    "sort": sort,
-    "matmul_float32": matmul(jnp.float32),
-    "matmul_bfloat16": matmul(jnp.bfloat16),
+    "launch": 10 * empty,  # a guess, refined by whole steps
+    "tier_latency": 2 * empty,  # the same
+    "stream": lines["stream"][1],
+    "gather": lines["gather"][1],
+    "cached_gather": lines["cached gather"][1],
+    "cached_add": lines["cached add"][1],
+    "sort": lines["sort"][1],
+    "matmul_float32": lines["matmul float32"][1],
+    "matmul_bfloat16": lines["matmul bfloat16"][1],
     "link": link,
     "link_latency": link_latency,
     "ring": ring,
     "ring_latency": ring_latency,
     "network": link,
     "network_latency": link_latency,
-    "host_gather": host_gather,
+    "host_gather": lines["host gather"][1],
     "host_latency": empty,
-    "host_link": host_gather,
+    "host_link": lines["host gather"][1],
   }
 
 
@@ -361,7 +290,7 @@ def calibrated(mesh, name: str, repeats: int = 20) -> topology.Topology:
     f"{platform.machine()}, jax {jax.__version__}, {today}",
     **measure(Bench(mesh, repeats)),
   )
-  return refined(mesh, measured)
+  return refined(measured, timed_steps(mesh, measured))
 
 
 def main() -> None:

@@ -46,7 +46,9 @@ def problems(draw):
   t = presets.get(name, devices)
   if draw(st.booleans()):  # a step that latencies do not decide
     t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
-    t = dataclasses.replace(t, host_latency=0.0, ring_latency=0.0)
+    t = dataclasses.replace(
+      t, host_latency=0.0, ring_latency=0.0, tier_latency=0.0
+    )
   work = work_of(
     devices,
     draw(st.sampled_from([1, 8, 1_000])),
@@ -144,7 +146,9 @@ def node_problems(draw):
   t = dataclasses.replace(t, node_devices=g)
   if draw(st.booleans()):  # a step that latencies do not decide
     t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
-    t = dataclasses.replace(t, host_latency=0.0, ring_latency=0.0)
+    t = dataclasses.replace(
+      t, host_latency=0.0, ring_latency=0.0, tier_latency=0.0
+    )
   if draw(st.booleans()):  # a host half as fast, and a slow network
     gather = t.gather * min(devices, t.host_devices) / 2
     t = dataclasses.replace(t, host_link=1e15, host_gather=gather, network=1e6)
@@ -169,6 +173,7 @@ def slow_network():
     ring_latency=0.0,
     network_latency=0.0,
     host_latency=0.0,
+    tier_latency=0.0,
     host_link=1e15,
     host_gather=2 * t.gather,
     network=1e6,
@@ -332,6 +337,7 @@ def test_groups_share_the_memory(one, other, devices, room):
     link_latency=0.0,
     ring_latency=0.0,
     host_latency=0.0,
+    tier_latency=0.0,
   )
   problems = [
     cuts.Problem(spectrum_of(p), w, t, None)
