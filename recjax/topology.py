@@ -93,7 +93,7 @@ def load(path: str | pathlib.Path) -> Topology:
   if missing:
     raise UserError(
       f"plan.topology: {path} lacks {', '.join(missing)}; a file needs all of "
-      f"{', '.join(fields)}"
+      f"{', '.join(fields)}, as scripts/calibrate.py writes it"
     )
   unknown = [n for n in found if n not in fields]
   if unknown:

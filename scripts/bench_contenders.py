@@ -2,8 +2,9 @@
 
 A contender is (data, args) -> step; step(i) trains on batch i, waits for the
 end of it, and returns the loss. `data` is what bench_step's `draw_batches`
-gives: dense [n, B, 13], ids [n, B, 26] int32 and labels [n, B] of n batches.
-Frameworks are imported inside, since no Python has all of them.
+gives: dense [n, B, 13], ids [n, B, S] int32 and labels [n, B] of n batches.
+Each of the 26 tables has args.hotness lookups a sample, S in all, whose rows
+are summed. Frameworks are imported inside, since no Python has all of them.
 """
 
 import itertools
@@ -15,10 +16,19 @@ ROWS = (
   *(8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15),
   *(286181, 105, 142572),
 )
+# Of a sample, by table; as MLPerf training's DLRM-DCNv2.
+MULTI_HOT = (
+  *(3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10),
+  *(3, 1, 1),
+)
 DENSE = 13
 BOTTOM, TOP = (512, 256, 64), (512, 256)  # hidden widths
 LEARNING_RATE = 0.02
 INIT_SCALE = 0.05
+
+
+def by_table(ids, args):  # [..., B, S] -> 26 of [..., B, hotness]
+  return np.split(ids, np.cumsum(args.hotness)[:-1], axis=-1)
 
 
 def recjax_step(data, args):
@@ -27,7 +37,15 @@ def recjax_step(data, args):
   import jax.numpy as jnp
   import optax
 
-  from recjax import config, models, planner, sparse_optim, tables, train_step
+  from recjax import (
+    config,
+    models,
+    planner,
+    sparse_optim,
+    spectrum,
+    tables,
+    train_step,
+  )
   from recjax.frequency import Profile
   from recjax.mesh import batch_sharding, make_mesh, replicated
   from recjax.specs import Feature
@@ -35,7 +53,8 @@ def recjax_step(data, args):
   dense, ids, labels = data
   # The expected counts of a long log of that power law, in rank order.
   p = [np.arange(1, r + 1, dtype=np.float32) ** -args.exponent for r in ROWS]
-  counts = np.concatenate([x / x.sum() for x in p]) * 1e9
+  counts = [x * (h / x.sum()) for x, h in zip(p, args.hotness, strict=True)]
+  counts = np.concatenate(counts) * 1e9
   order = np.argsort(-counts, kind="stable")
   rank = np.empty(len(order), np.int32)
   rank[order] = np.arange(len(order), dtype=np.int32)
@@ -44,14 +63,14 @@ def recjax_step(data, args):
     10**9,
     names,
     counts[order].astype(np.int64),
-    np.zeros(len(order), np.int16),
+    np.repeat(np.arange(len(ROWS), dtype=np.int16), ROWS)[order],
   )
   plan = planner.plan(
-    profile,
+    spectrum.of_profile(profile, args.hotness),
     devices=1,
     hosts=1,
     batch_size=args.batch,
-    lookups=len(ROWS),
+    lookups=sum(args.hotness),
     dim=args.dim,
     dtype="float32",
     slot_bytes=4,
@@ -63,7 +82,7 @@ def recjax_step(data, args):
   )
   model = train_step.Model(
     apply=apply,
-    features=tuple(Feature(name, name) for name in names),
+    features=tuple(map(Feature, names, names, args.hotness)),
     dense_optimizer=optax.adagrad(LEARNING_RATE, 0.0, 1e-8),
     sparse_optimizer=sparse_optim.rowwise_adagrad(LEARNING_RATE),
     plan=plan,
@@ -77,7 +96,7 @@ def recjax_step(data, args):
   )
   rows = tables.init(plan, model.sparse_optimizer, mesh, INIT_SCALE, seed=0)
   state = train_step.TrainState(*state, rows)
-  first = np.cumsum([0, *ROWS[:-1]])
+  first = np.repeat(np.cumsum([0, *ROWS[:-1]]), args.hotness)
   batches = [
     jax.device_put(
       {"dense": d, "ids": rank[first + i], "label": y}, batch_sharding(mesh)
@@ -113,7 +132,10 @@ def plain_jax_step(data, args):
   optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
 
   def loss_of(params, tables, dense, ids, labels):
-    rows = [jnp.take(t, i, axis=0) for t, i in zip(tables, ids.T, strict=True)]
+    rows = [
+      jnp.take(t, i, axis=0).sum(axis=1)
+      for t, i in zip(tables, by_table(ids, args), strict=True)
+    ]
     logits = apply(params, dense, jnp.stack(rows, axis=1))
     losses = optax.sigmoid_binary_cross_entropy(logits, labels)
     return losses.mean()
@@ -214,15 +236,18 @@ def embedding_bag_step(data, args, optimizer):
     )
     for rows in ROWS
   )
-  offsets = torch.arange(args.batch + 1)
+  offsets = [torch.arange(args.batch + 1) * h for h in args.hotness]
   cls = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
   return torch_step(
     data,
     args,
     embed=lambda ids: torch.cat(
-      [t(i, offsets) for t, i in zip(tables, ids, strict=True)], dim=1
+      [t(i, o) for t, i, o in zip(tables, ids, offsets, strict=True)], dim=1
     ),
-    ids_of=lambda ids: list(torch.from_numpy(ids.T.astype(np.int64).copy())),
+    ids_of=lambda ids: [
+      torch.from_numpy(x.reshape(-1).astype(np.int64))
+      for x in by_table(ids, args)
+    ],
     optimizers=[cls(tables.parameters(), lr=LEARNING_RATE)],
   )
 
@@ -254,12 +279,17 @@ def fbgemm_step(data, args):
     bounds_check_mode=BoundsCheckMode.NONE,
   )
   tables.init_embedding_weights_uniform(-INIT_SCALE, INIT_SCALE)
-  offsets = torch.arange(len(ROWS) * args.batch + 1)
+  lengths = torch.tensor(args.hotness).repeat_interleave(args.batch)
+  offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
   return torch_step(
     data,
     args,
     embed=lambda ids: tables(ids, offsets),
-    ids_of=lambda ids: torch.from_numpy(ids.T.astype(np.int64).reshape(-1)),
+    ids_of=lambda ids: torch.from_numpy(
+      np.concatenate([x.reshape(-1) for x in by_table(ids, args)]).astype(
+        np.int64
+      )
+    ),
     optimizers=[],  # fused into the backward pass
   )
 

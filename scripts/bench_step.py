@@ -12,12 +12,13 @@ part by Adagrad) on the same batches, with the 26 Criteo Kaggle tables:
   torch_adagrad  the same, Adagrad (torch has no row-wise one)
   fbgemm         table-batched embeddings, fused exact row-wise Adagrad
 
-Ids are drawn from a power law, the hottest first in every table. Contenders
-run one after the other, each in a process of its own on the same cores and
-with the same malloc settings, in rounds that start with another one each
-time, so that noise hits all alike. Batches are converted to what a contender
-wants before the clock starts. Those that are not installed or do not fit in
-memory are left out with a note.
+A sample looks one row of each table up, or with --multi_hot 1 to 100, 214 in
+all. Ids are drawn from a power law, the hottest first in every table.
+Contenders run one after the other, each in a process of its own on the same
+cores and with the same malloc settings, in rounds that start with another one
+each time, so that noise hits all alike. Batches are converted to what a
+contender wants before the clock starts. Those that are not installed or do not
+fit in memory are left out with a note.
 """
 
 import argparse
@@ -37,16 +38,20 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench_contenders import CONTENDERS, DENSE, ROWS
+from bench_contenders import CONTENDERS, DENSE, MULTI_HOT, ROWS
 
 from recjax import topology  # needs nothing that torch's Python lacks
 
 
 def draw_batches(args):
-  """Dense [n, B, 13], ids [n, B, 26] int32 and labels [n, B] of n batches."""
+  """Dense [n, B, 13], ids [n, B, S] int32 and labels [n, B] of n batches."""
   rng = np.random.default_rng(args.seed)
   shape = (args.batches, args.batch)
-  ids = np.stack([power_law(rng, shape, r, args.exponent) for r in ROWS], -1)
+  ids = [
+    power_law(rng, (*shape, h), r, args.exponent)
+    for r, h in zip(ROWS, args.hotness, strict=True)
+  ]
+  ids = np.concatenate(ids, axis=-1)
   dense = rng.random((*shape, DENSE), np.float32)
   labels = (rng.random(shape) < 0.25).astype(np.float32)
   return dense, ids, labels
@@ -108,6 +113,7 @@ def run_worker(name, args, folder):
   for field in ("dim", "batch", "batches", "warmup", "steps", "cores"):
     command += [f"--{field}", str(getattr(args, field))]
   command += ["--malloc", args.malloc, "--worker", name, "--folder", folder]
+  command += ["--multi_hot"] * args.multi_hot
   try:
     out = subprocess.run(command, capture_output=True, text=True)
   except OSError as e:
@@ -163,7 +169,8 @@ def report(settings, results):
   fbgemm = results.get("fbgemm", {}).get("samples_per_second")
   print(
     f"\ndim {settings['dim']}, batch {settings['batch']}, power law "
-    f"{settings['exponent']}, {settings['cores']} cores, "
+    f"{settings['exponent']}, {settings['lookups']} lookups a sample, "
+    f"{settings['cores']} cores, "
     f"{settings['rounds']} x {settings['steps']} steps, "
     f"malloc {settings['malloc']}"
   )
@@ -190,6 +197,7 @@ def main():
   add("--dim", type=int, nargs="+", default=[16, 64])
   add("--batch", type=int, nargs="+", default=[2048, 8192])
   add("--exponent", type=float, default=1.05, help="of the ids' power law")
+  add("--multi_hot", action="store_true", help="MLPerf's lookups of a table")
   add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
   add("--rivals_python", default=sys.executable, help="has torch and fbgemm")
   add("--rounds", type=int, default=3)
@@ -203,6 +211,8 @@ def main():
   add("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
   add("--folder", help=argparse.SUPPRESS)
   args = parser.parse_args()
+  args.hotness = MULTI_HOT if args.multi_hot else (1,) * len(ROWS)
+  args.lookups = sum(args.hotness)
   if args.worker:
     args.dim, args.batch = args.dim[0], args.batch[0]
     print(json.dumps(work(args)))
@@ -213,7 +223,8 @@ def main():
   for dim, batch in itertools.product(args.dim, args.batch):
     one = argparse.Namespace(**{**vars(args), "dim": dim, "batch": batch})
     results = compare(one)
-    names = ("dim", "batch", "exponent", "cores", "rounds", "steps", "malloc")
+    names = ("dim", "batch", "exponent", "lookups")
+    names += ("cores", "rounds", "steps", "malloc")
     settings = {k: getattr(one, k) for k in names}
     report(settings, results)
     runs.append({**settings, "results": results})

@@ -28,6 +28,7 @@ import bench_plan
 import jax.numpy as jnp
 import numpy as np
 import optax
+from bench_contenders import MULTI_HOT
 
 from recjax import (
   collectives,
@@ -50,10 +51,6 @@ MLPERF = (
   40000000, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 40000000, 3067956,
   405282, 10, 2209, 11938, 155, 4, 976, 14, 40000000, 40000000, 40000000,
   590152, 12973, 108, 36,
-)  # fmt: skip
-MULTI_HOT = (
-  3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3,
-  1, 1,
 )  # fmt: skip
 WAYS = {
   "flat": cuts.FLAT,
