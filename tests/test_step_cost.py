@@ -178,3 +178,15 @@ def test_touched_rows_or_all_of_them():
     step_cost.step_seconds(WORK, t, Load(1e6, 8e3, 0.0, g)).values()
   )
   assert cost(1e3) < cost(None) < cost(1e6)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_tier_that_has_rows_takes_its_operations(train):
+  work = dataclasses.replace(WORK, train=train)
+  t = dataclasses.replace(presets.cpu(8), launch=1.0, tier_latency=0.25)
+  hot = np.array([0.0, 0.0, 9.0, 9.0])
+  warm = np.array([0.0, 7.0, 0.0, 7.0])
+  for cold in (0.0, 5.0):
+    tiers = np.array([0, 1, 1, 2]) + (cold > 0)
+    launch = step_cost.step_seconds(work, t, Load(hot, warm, cold))["launch"]
+    np.testing.assert_allclose(launch, 1 + tiers * (0.5 if train else 0.25))
