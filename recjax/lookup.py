@@ -98,7 +98,8 @@ def spread(gradients, coefficients, features: tuple[Feature, ...]):
   """The transpose of `pool`: [b, A, d] float32 -> [b, S, d], of the rows.
 
   A gather of rows; derived by JAX it would be a sum of padded arrays, one a
-  feature, which takes several times as long on XLA:CPU (jax 0.10).
+  feature, with which a step of 214 lookups took twice (dim 16) and ten times
+  (dim 64) as long on XLA:CPU, jax 0.12 (scripts/bench_step.py --multi_hot).
   """
   b, _, dim = gradients.shape
   column, activations = [], 0  # [S]: the activation that it goes to
@@ -116,6 +117,10 @@ def spread(gradients, coefficients, features: tuple[Feature, ...]):
 
 
 # ---- Read
+
+
+def _hot_slots(ids, plan: Plan):  # [...] int32 -> [...]; other rows: the end
+  return jnp.where((ids >= 0) & (ids < plan.hot), ids, plan.hot)
 
 
 def _rows_at(tier: Tier, slots, host: bool):  # [m] int32 -> [m, d]
@@ -154,8 +159,7 @@ def read(
     return lambda columns: take(at[:, columns])
 
   def from_replica(columns):
-    at = alone[:, columns]
-    at = jnp.where((at >= 0) & (at < plan.hot), at, plan.hot)
+    at = _hot_slots(alone[:, columns], plan)
     return tables.hot.rows.at[at].get(mode="fill", fill_value=0)
 
   def pooled(*tiers):
@@ -244,7 +248,7 @@ def _summed(slots, grads, size: int, devices: int, copies: int):
 
 def _update_hot_dense(tier: Tier, trip, grads, plan, optimizer, step, seed):
   """Dense all-reduce of the replicas' gradients; untouched rows stay."""
-  at = jnp.where((trip.ids >= 0) & (trip.ids < plan.hot), trip.ids, plan.hot)
+  at = _hot_slots(trip.ids, plan)
   # One more column counts the uses, so that one all-reduce carries both.
   grads = jnp.concatenate([grads, jnp.ones((grads.shape[0], 1))], axis=1)
   total = jnp.zeros((plan.hot, plan.dim + 1)).at[at].add(grads, mode="drop")

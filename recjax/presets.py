@@ -178,8 +178,9 @@ PRESETS = {
 def cpu(devices: int) -> Topology:
   """Simulated devices that share this machine's cores, each its part.
 
-  By scripts/calibrate.py with eight of them on two cores (the mean of three
-  runs, which differ by up to half), and assumed to grow with cores.
+  By scripts/calibrate.py with eight of them on two cores (the mean of two runs,
+  but for the host: cuts.py wants its rows no cheaper than the devices', which
+  the same memory holds here), and assumed to grow with cores.
   What an operation takes before it does anything is the devices' together.
   """
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -208,7 +209,7 @@ def cpu(devices: int) -> Topology:
     launch=0.34e-3 / each,
     tier_latency=35 * US / each,
     host_memory=ram / 2,
-    host_gather=4.5 * GB * each * n,  # the same memory
+    host_gather=4.5 * GB * each * n,  # 5 to 6 measured
     host_link=32 * GB * each,
     host_latency=14 * US / each,
     source="two cores of an AMD EPYC (Zen 4), jax 0.10, rounded",

@@ -135,7 +135,7 @@ def compare(setting: Setting, runs: list[Run], args):
   for i in np.argsort(times):
     plan, run = runs[i].plan, runs[i]
     ways = f" {len(plan.pooled)} pooled" if plan.pooled else ""
-    if plan.node_devices and setting.node_devices:
+    if setting.node_devices:
       ways = f" {plan.exchange}, {plan.warm_copies}"
     print(
       f"  {'chosen' if i == 0 else '':6} {plan.hot:>9,} hot "

@@ -30,20 +30,23 @@ CUTS = (
   (6_000, True, "sparse"),
   (40_000, True, "dense"),
 )
-# What steps are made of; latencies first.
-FITTED = (
-  *("launch", "tier_latency", "link_latency", "ring_latency", "host_latency"),
+# What steps are made of.
+LATENCIES = (
+  *("launch", "tier_latency"),
+  *("link_latency", "ring_latency", "host_latency"),
+)
+RATES = (
   *("stream", "gather", "cached_gather", "cached_add", "sort"),
   *("matmul_float32", "link", "ring", "host_gather", "host_link"),
 )
-LATENCIES = 5
+FITTED = LATENCIES + RATES
 _TRUST = 0.02  # of a rate's own measurement against the steps'; see refined
 
 
 def scaled(t: topology.Topology, field: str, factor: float):
   """t, where what the field stands for takes `factor` times as long."""
   value = getattr(t, field)
-  slower = value * factor if FITTED.index(field) < LATENCIES else value / factor
+  slower = value * factor if field in LATENCIES else value / factor
   return dataclasses.replace(t, **{field: slower})
 
 
