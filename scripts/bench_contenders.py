@@ -27,8 +27,8 @@ LEARNING_RATE = 0.02
 INIT_SCALE = 0.05
 
 
-def by_table(ids, args):  # [..., B, S] -> 26 of [..., B, hotness]
-  return np.split(ids, np.cumsum(args.hotness)[:-1], axis=-1)
+def by_table(x, args, axis=-1):  # S along the axis -> 26 parts of hotness
+  return np.split(x, np.cumsum(args.hotness)[:-1], axis=axis)
 
 
 def recjax_step(data, args):
@@ -41,8 +41,10 @@ def recjax_step(data, args):
     config,
     models,
     planner,
+    presets,
     sparse_optim,
     spectrum,
+    step_cost,
     tables,
     train_step,
   )
@@ -65,17 +67,29 @@ def recjax_step(data, args):
     counts[order].astype(np.int64),
     np.repeat(np.arange(len(ROWS), dtype=np.int16), ROWS)[order],
   )
+  if args.topology:
+    topology = presets.get(args.topology, 1)
+  else:
+    topology = presets.of_device(jax.devices()[0].device_kind, 1, 1)
   plan = planner.plan(
     spectrum.of_profile(profile, args.hotness),
+    topology=topology,
     devices=1,
     hosts=1,
     batch_size=args.batch,
     lookups=sum(args.hotness),
     dim=args.dim,
+    dense=step_cost.dense_model(
+      "dlrm", BOTTOM, TOP, DENSE, len(ROWS), args.dim
+    ),
     dtype="float32",
     slot_bytes=4,
-    device_bytes=1 << 40,
-    host_bytes=0,
+    device_bytes=int(args.device_share * sum(ROWS)) * (4 * args.dim + 4),
+    host_bytes=1 << 40,
+  )
+  print(
+    f"{plan.hot:,} hot, {plan.warm:,} warm, {plan.cold:,} cold rows, predicted "
+    f"{1e3 * plan.step_seconds:.1f} ms a step"
   )
   params, apply = models.build(
     config.Model(bottom=BOTTOM, top=TOP), DENSE, len(ROWS), args.dim, seed=0
@@ -169,8 +183,79 @@ def plain_jax_step(data, args):
   return step
 
 
+def host_jax_step(data, args):
+  """Tables on the host, not cached or coalesced: each lookup sends its row."""
+  import jax
+  import jax.numpy as jnp
+  import optax
+  from jax import lax
+
+  from recjax import config, models
+  from recjax.mesh import make_mesh, replicated
+  from recjax.tables import DEVICE, HOST, gather, on_host
+
+  model = config.Model(bottom=BOTTOM, top=TOP)
+  params, apply = models.build(model, DENSE, len(ROWS), args.dim, seed=0)
+  optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
+  place = replicated(make_mesh(1))
+  rng = np.random.default_rng(0)
+  rows = rng.random((sum(ROWS), 1, args.dim), np.float32)
+  rows -= 0.5
+  rows *= 2 * INIT_SCALE
+  on_the_host = place.with_memory_kind("pinned_host")
+  rows = jax.device_put(rows, on_the_host)
+
+  def add(table, index, rows):
+    dims = lax.ScatterDimensionNumbers(
+      update_window_dims=(1,),
+      inserted_window_dims=(0, 1),
+      scatter_dims_to_operand_dims=(0, 1),
+    )
+    return lax.scatter_add(table, index, rows, dims)
+
+  def loss_of(params, rows, dense, labels):
+    bags = [x.sum(axis=1) for x in by_table(rows, args, axis=1)]
+    logits = apply(params, dense, jnp.stack(bags, axis=1))
+    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
+
+  def update(state, dense, ids, labels):
+    params, opt, table = state
+    index = jnp.stack([ids.reshape(-1), jnp.zeros(ids.size, jnp.int32)], axis=1)
+    index = jax.device_put(index, HOST)
+    rows = on_host(gather, DEVICE)(table, index)
+    loss, (g, row_grads) = jax.value_and_grad(loss_of, argnums=(0, 1))(
+      params, rows.reshape(*ids.shape, -1), dense, labels
+    )
+    updates, opt = optimizer.update(g, opt)
+    change = -LEARNING_RATE * row_grads.reshape(-1, args.dim)
+    table = on_host(add)(table, index, jax.device_put(change, HOST))
+    return (optax.apply_updates(params, updates), opt, table), loss
+
+  update = jax.jit(
+    update,
+    donate_argnums=0,
+    out_shardings=((place, place, on_the_host), place),
+  )
+  state = *jax.device_put((params, optimizer.init(params)), place), rows
+  first = np.repeat(np.cumsum([0, *ROWS[:-1]]), args.hotness).astype(np.int32)
+  batches = [
+    jax.device_put((dense, first + ids, labels), place)
+    for dense, ids, labels in zip(*data, strict=True)
+  ]
+
+  def step(i):
+    nonlocal state
+    state, loss = update(state, *batches[i])
+    return float(loss)
+
+  return step
+
+
 def torch_step(data, args, embed, ids_of, optimizers):
-  """The torch contenders: `embed(ids)` gives the activations [B, 26 d]."""
+  """The torch contenders: `embed(ids)` gives the activations [B, 26 d].
+
+  The tables are on the CPU, the dense part on the GPU where torch sees one.
+  """
   import torch
 
   def mlp(*widths):
@@ -187,7 +272,9 @@ def torch_step(data, args, embed, ids_of, optimizers):
   bottom = mlp(DENSE, *BOTTOM, args.dim)
   top = mlp(args.dim + len(pairs), *TOP)
   logit = torch.nn.Linear(TOP[-1], 1)
-  layers = torch.nn.ModuleList([bottom, top, logit])
+  device = "cuda" if torch.cuda.is_available() else "cpu"
+  pairs = pairs.to(device)
+  layers = torch.nn.ModuleList([bottom, top, logit]).to(device)
   for layer in layers.modules():  # as facebookresearch/dlrm
     if isinstance(layer, torch.nn.Linear):
       n_out, n_in = layer.weight.shape
@@ -199,7 +286,11 @@ def torch_step(data, args, embed, ids_of, optimizers):
   ]
   loss_of = torch.nn.BCEWithLogitsLoss()
   batches = [
-    (torch.from_numpy(dense), ids_of(ids), torch.from_numpy(labels))
+    (
+      torch.from_numpy(dense).to(device),
+      ids_of(ids),
+      torch.from_numpy(labels).to(device),
+    )
     for dense, ids, labels in zip(*data, strict=True)
   ]
 
@@ -208,7 +299,7 @@ def torch_step(data, args, embed, ids_of, optimizers):
     for optimizer in optimizers:
       optimizer.zero_grad(set_to_none=True)
     x = bottom(dense)
-    z = torch.cat([x, embed(ids)], dim=1).view(-1, vectors, args.dim)
+    z = torch.cat([x, embed(ids).to(device)], dim=1).view(-1, vectors, args.dim)
     products = torch.bmm(z, z.transpose(1, 2)).flatten(1)
     x = torch.cat([x, products.index_select(1, pairs)], dim=1)
     loss = loss_of(logit(top(x))[:, 0], labels)
@@ -298,6 +389,7 @@ def fbgemm_step(data, args):
 CONTENDERS = {
   "recjax": (recjax_step, ("jax",), 1.2),
   "plain_jax": (plain_jax_step, ("jax",), 2.3),
+  "host_jax": (host_jax_step, ("jax",), 2.1),
   "torch_sgd": (torch_sgd_step, ("torch",), 1.1),
   "torch_adagrad": (torch_adagrad_step, ("torch",), 2.1),
   "fbgemm": (fbgemm_step, ("torch", "fbgemm_gpu"), 1.2),

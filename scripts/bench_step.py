@@ -8,9 +8,14 @@ part by Adagrad) on the same batches, with the 26 Criteo Kaggle tables:
 
   recjax         row-wise Adagrad
   plain_jax      jnp.take, gradients through the tables, row-wise Adagrad
+  host_jax       tables in host memory, a row to and fro for every lookup, SGD
   torch_sgd      EmbeddingBag(sparse=True) a table, SGD
   torch_adagrad  the same, Adagrad (torch has no row-wise one)
   fbgemm         table-batched embeddings, fused exact row-wise Adagrad
+
+torch's tables are on the CPU, its dense part is on the GPU where it sees one;
+with --device_share 0.02, a fiftieth of the rows fit recjax's device memory, and
+the planner says which rows those are.
 
 A sample looks one row of each table up, or with --multi_hot 1 to 100, 214 in
 all. Ids are drawn from a power law, the hottest first in every table.
@@ -113,6 +118,8 @@ def run_worker(name, args, folder):
   for field in ("dim", "batch", "batches", "warmup", "steps", "cores"):
     command += [f"--{field}", str(getattr(args, field))]
   command += ["--malloc", args.malloc, "--worker", name, "--folder", folder]
+  command += ["--device_share", str(args.device_share)]
+  command += ["--topology", args.topology]
   command += ["--multi_hot"] * args.multi_hot
   try:
     out = subprocess.run(command, capture_output=True, text=True)
@@ -121,7 +128,8 @@ def run_worker(name, args, folder):
   if out.returncode:
     last = (out.stderr.strip().splitlines() or ["no message"])[-1]
     return {"skipped": f"exit code {out.returncode}: {last}"}
-  return json.loads(out.stdout.splitlines()[-1])
+  *notes, result = out.stdout.splitlines()
+  return json.loads(result) | {"notes": notes}
 
 
 def compare(args):
@@ -187,6 +195,8 @@ def report(settings, results):
       f"{ratio:>9} {ms:8.1f}  {r['loss']:.4f}  {versions}",
       flush=True,
     )
+    for note in r["notes"]:
+      print(f"  {note}")
 
 
 def main():
@@ -198,6 +208,8 @@ def main():
   add("--batch", type=int, nargs="+", default=[2048, 8192])
   add("--exponent", type=float, default=1.05, help="of the ids' power law")
   add("--multi_hot", action="store_true", help="MLPerf's lookups of a table")
+  add("--device_share", type=float, default=1, help="of the rows, for recjax")
+  add("--topology", default="", help="recjax's: a preset or file; else found")
   add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
   add("--rivals_python", default=sys.executable, help="has torch and fbgemm")
   add("--rounds", type=int, default=3)
@@ -225,6 +237,7 @@ def main():
     results = compare(one)
     names = ("dim", "batch", "exponent", "lookups")
     names += ("cores", "rounds", "steps", "malloc")
+    names += ("device_share", "topology")
     settings = {k: getattr(one, k) for k in names}
     report(settings, results)
     runs.append({**settings, "results": results})
