@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import calibrate
 import jax
 import numpy as np
-from synthetic_step import LARGE, Run, Setting, draw, problem_of
+from synthetic_step import LARGE, Run, Setting, draw, problem_of, times_of
 
 from recjax import cuts, planner, presets, topology
 from recjax.mesh import make_mesh, simulate_devices
@@ -40,6 +40,7 @@ KAGGLE = (
 FEW = (1_000_000, 200_000, 50_000, 5_000, 500, 50)
 BAGS = (1, 1, 20, 1, 50, 5)  # lookups of a sample in FEW
 _TIMED = 3  # steps of a plan in a round
+_ROUNDS = 10  # at least
 
 SETTINGS = (
   Setting(KAGGLE, 1.15, 16, 8_192, 0.05),
@@ -122,7 +123,7 @@ def compare(setting: Setting, runs: list[Run], args):
     run.start(drawn)
   end = time.perf_counter() + args.seconds
   rounds = 0
-  while rounds < 3 or time.perf_counter() < end:
+  while rounds < _ROUNDS or time.perf_counter() < end:
     for run in runs:
       run.steps(_TIMED)
     rounds += 1
@@ -166,7 +167,7 @@ def main() -> None:
   )
   parser.add_argument("--topology", help="a preset or file; else calibrated")
   parser.add_argument("--devices", type=int, default=8)
-  parser.add_argument("--seconds", type=float, default=10, help="a setting")
+  parser.add_argument("--seconds", type=float, default=25, help="a setting")
   parser.add_argument("--only", type=int, nargs="+", help="numbers of settings")
   parser.add_argument("--terms", action="store_true", help="of predictions")
   args = parser.parse_args()
@@ -180,10 +181,12 @@ def main() -> None:
     t = calibrate.calibrated(mesh, "calibrated")
   print(f"jax {jax.__version__}, {t.name}: {t.source}", flush=True)
   found = []
-  for i in args.only or range(len(SETTINGS)):
-    runs = compile_all(SETTINGS[i], t, mesh)
-    print(f"[{time.perf_counter() - begin:.0f} s] {i}: {SETTINGS[i]}")
-    found.append(compare(SETTINGS[i], runs, args))
+  fit = [i for i, x in enumerate(SETTINGS) if x.node_devices < args.devices]
+  for i in args.only or fit:
+    setting = SETTINGS[i].times(times_of(mesh))
+    runs = compile_all(setting, t, mesh)
+    print(f"[{time.perf_counter() - begin:.0f} s] {i}: {setting}")
+    found.append(compare(setting, runs, args))
     del runs  # XLA:CPU maps memory for each program, and there is a limit
   ratios, *losses = map(np.array, zip(*found, strict=True))
   near = int(np.sum(abs(ratios - 1) <= 0.25))

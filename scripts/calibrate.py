@@ -27,6 +27,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from refine import refined, timed_steps
+from synthetic_step import times_of
 
 from recjax import topology
 from recjax.exchange import coalesce
@@ -34,10 +35,10 @@ from recjax.mesh import AXIS, make_mesh, simulate_devices
 from recjax.tables import DEVICE, HOST, gather, on_host
 
 DIM = 32  # of the rows: 128 bytes
-ROWS = 1 << 18  # of a device's table
+ROWS = 1 << 18  # of a device's table, times times_of(mesh)
 CACHED = 1 << 12  # of one that caches hold
 SHARDED = PartitionSpec(AXIS)
-TABLE = PartitionSpec(None, AXIS)  # [ROWS, n, DIM], as the tiers are
+TABLE = PartitionSpec(None, AXIS)  # [rows, n, DIM], as the tiers are
 
 
 class Bench:
@@ -45,7 +46,8 @@ class Bench:
 
   def __init__(self, mesh, repeats: int):
     self.mesh, self.repeats = mesh, repeats
-    self.n = mesh.devices.size
+    self.n, self.times = mesh.devices.size, times_of(mesh)
+    self.rows = ROWS * self.times
     self.rng = np.random.default_rng(0)
 
   def floats(self, *shape, spec=SHARDED, dtype=np.float32, host=False):
@@ -65,7 +67,7 @@ class Bench:
     """
     parts = []
     for _ in range(self.n * self.n):
-      log = self.rng.random(16 * size) * np.log(ROWS)
+      log = self.rng.random(16 * size) * np.log(self.rows)
       rows = np.exp(log).astype(np.int32) - 1
       first = np.sort(np.unique(rows, return_index=True)[1])
       parts.append(rows[first][: -(-size // self.n)])
@@ -136,6 +138,7 @@ def operations(bench: Bench) -> list[Operation]:
   n, found = bench.n, []
 
   def add(name, unit, sizes, amount, call):
+    sizes = [bench.times * s for s in sizes]
     amounts = [float(amount(s)) for s in sizes]
     found.append(Operation(name, unit, amounts, [call(s) for s in sizes]))
 
@@ -146,7 +149,7 @@ def operations(bench: Bench) -> list[Operation]:
     lambda s: 8 * s,  # read and written
     lambda s: bench.call(lambda x: x + 1, bench.floats(n * s)),
   )
-  table = bench.floats(ROWS, n, DIM, spec=TABLE)
+  table = bench.floats(bench.rows, n, DIM, spec=TABLE)
   counts = [1 << k for k in (10, 13, 15)]
   add(
     "gather",
@@ -181,7 +184,7 @@ def operations(bench: Bench) -> list[Operation]:
       bench.floats(n * s, DIM),
     ),
   )
-  host_table = bench.floats(ROWS, n, DIM, spec=TABLE, host=True)
+  host_table = bench.floats(bench.rows, n, DIM, spec=TABLE, host=True)
   add(
     "host gather",
     "B",

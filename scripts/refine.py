@@ -8,14 +8,14 @@ from typing import NamedTuple
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import numpy as np
-from synthetic_step import LARGE, Run, Setting, draw, problem_of
+from synthetic_step import LARGE, Run, Setting, draw, problem_of, times_of
 
 from recjax import planner, step_cost, topology
 
 # Whole steps that the rates are refined by: none that bench_choice.py runs.
 _TABLES = (400_000, 90_000, 40_000, 9_000, 2_000, 500, 100, 20)
 STEPS = (
-  Setting((1_000,) * 8, 1.05, 16, 0, 1.0),  # of one sample a device
+  Setting((1_000,) * 8, 1.05, 16, 512, 1.0),  # mostly latencies
   Setting(_TABLES, 1.1, 16, 8_192, 1.0),
   Setting(_TABLES, 1.1, 64, 2_048, 1.0, "adagrad"),
   Setting(_TABLES, 1.25, 32, 4_096, 1.0, "sgd", layers=LARGE),
@@ -60,9 +60,9 @@ class Timed(NamedTuple):
 
 def timed_steps(mesh, t: topology.Topology) -> list[Timed]:
   """STEPS under all CUTS, medians of rounds over the plans of a setting."""
-  n, found = mesh.devices.size, []
+  n, times, found = mesh.devices.size, times_of(mesh), []
   for setting in STEPS:
-    setting = dataclasses.replace(setting, batch=setting.batch or n)
+    setting = setting.times(times)
     problem = problem_of(setting, t, n)
     rows, stored = problem.spectrum.rows, problem.work.stored
     runs, loads = [], []
@@ -72,7 +72,7 @@ def timed_steps(mesh, t: topology.Topology) -> list[Timed]:
         hosts=1,
         device_bytes=2 * rows * stored,
         host_bytes=2 * rows * stored,
-        hot_rows=hot,
+        hot_rows=times * hot,
         warm_rows=rows if warm else 0,
         syncs=(sync,),
         pooled=(),

@@ -62,10 +62,20 @@ class Setting:
       + (f", nodes of {self.node_devices}" if self.node_devices else "")
     )
 
+  def times(self, k: int) -> "Setting":
+    """With k times the rows and samples."""
+    rows = tuple(k * r for r in self.tables)
+    return dataclasses.replace(self, tables=rows, batch=k * self.batch)
+
   @property
   def features(self) -> tuple[Feature, ...]:
     names = [f"C{i}" for i in range(len(self.tables))]
     return tuple(map(Feature, names, names, self.hotness or (1,) * len(names)))
+
+
+def times_of(mesh) -> int:
+  """How much larger the work is that an accelerator is measured with."""
+  return 1 if mesh.devices.flat[0].platform == "cpu" else 8
 
 
 def problem_of(setting: Setting, t: topology.Topology, devices: int) -> Problem:
