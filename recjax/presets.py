@@ -206,7 +206,7 @@ def cpu(devices: int) -> Topology:
     sort=29e6 * each,
     matmul_float32=180e9 * each,
     matmul_bfloat16=180e9 * each,
-    launch=0.34e-3 / each,
+    launch=0.43e-3 / each,
     tier_latency=35 * US / each,
     host_memory=ram / 2,
     host_gather=4.5 * GB * each * n,  # 5 to 6 measured
