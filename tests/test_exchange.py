@@ -9,22 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from recjax import exchange, lookup, sparse_optim, tables
+from recjax import exchange
 from recjax.cuts import TRANSPORTS
 from recjax.exchange import NONE
 from recjax.mesh import AXIS, batch_sharding, make_mesh
 from recjax.plan import Plan
-from recjax.specs import Feature
-from recjax.tables import Tier
 
 ROWS, DIM = 97, 2
 SAMPLES, COLUMNS = 4, 3  # of a device
 LOOKUPS = SAMPLES * COLUMNS
-FEATURES = (
-  Feature("a", "t", hotness=2, pooling="none"),
-  Feature("b", "t"),
-)
-SGD = sparse_optim.sgd(0.1)
 FAST = {"xla_backend_optimization_level": 0}
 
 
@@ -98,14 +91,6 @@ NODE_PLANS = {
   "copies_enough": node_plan(4, COPIES, 60, 0, 5, ROWS, LOOKUPS, 0),
   "copies_and_two_stage": node_plan(4, BOTH, 3, 1, 5, 40, 2, 2),
 }
-
-
-NODE_LOOKUPS = (
-  "two_stage_one_row",
-  "two_stage_tight_between",
-  "copies_tight_between",
-  "copies_and_two_stage",
-)
 
 
 def draws(plan):
@@ -310,121 +295,6 @@ def test_each_row_crosses_once_a_node_in_one_round(name):
         there = there[(there >= firsts[tier]) & (there < stops[tier])]
         assert sorted(ranks) == there.tolist()  # each of them once
   assert (most == 1) == name.endswith("enough")
-
-
-# ---- Through the lookup: the rank itself is the row
-
-
-def numbered(plan, mesh):
-  """Tables whose row r is [r, -r]; nothing reads their padding, NaN."""
-  ranks = np.arange(ROWS, dtype=np.float32)
-  rows = np.stack([ranks, -ranks], axis=1)
-  cuts = {
-    "hot": (0, plan.hot, None),
-    "warm": (plan.hot, plan.warm_end, plan.warm_owners),
-    "cold": (plan.warm_end, ROWS, plan.devices),
-  }
-  place = tables.shardings(plan, SGD, mesh)
-  tiers = {}
-  for name, (first, stop, owners) in cuts.items():
-    x = rows[first:stop]
-    if first == stop:
-      tiers[name] = None
-      continue
-    if owners:
-      slots = getattr(plan, f"{name}_slots")
-      padding = np.full((slots * owners - len(x), DIM), np.nan, x.dtype)
-      x = np.concatenate([x, padding]).reshape(slots, owners, DIM)
-    x = jax.device_put(x, getattr(place, name).rows)
-    tiers[name] = Tier(x, {})
-  return tables.Tables(**tiers)
-
-
-@functools.cache
-def reader(plan):
-  """(ids) -> (activations [B, A, d], rounds, updated tables), compiled."""
-  mesh = make_mesh(plan.devices, plan.node_devices)
-  t = numbered(plan, mesh)
-
-  def f(t, ids):
-    activations, trip = lookup.read(
-      t, ids, None, FEATURES, plan, np.dtype(np.float32)
-    )
-    new, rounds = lookup.update(
-      t,
-      trip,
-      activations,
-      FEATURES,
-      plan,
-      np.dtype(np.float32),
-      SGD,
-      np.int32(0),
-      np.uint32(0),
-    )
-    return activations, rounds[None], new
-
-  place = tables.specs(plan, SGD)
-  sharded = jax.shard_map(
-    f,
-    mesh=mesh,
-    in_specs=(place, PartitionSpec(AXIS)),
-    out_specs=(PartitionSpec(AXIS), PartitionSpec(AXIS), place),
-    check_vma=False,
-  )
-  ids = np.zeros((plan.batch_size, COLUMNS), np.int32)
-  put = lambda x: jax.device_put(x.astype(np.int32), batch_sharding(mesh))
-  compiled = jax.jit(sharded).lower(t, put(ids)).compile(FAST)
-  return lambda ids: jax.device_get(compiled(t, put(ids)))
-
-
-def check_read(plan, ids):
-  """Lookup and update equal direct indexing. Returns the number of rounds.
-
-  The gradients are the activations: a row that is used k times moves by
-  -0.1 k of itself.
-  """
-  activations, rounds, new = reader(plan)(ids)
-  want = np.where(ids >= 0, ids, 0).astype(np.float32)
-  want = np.stack([want, -want], axis=-1)
-  np.testing.assert_array_equal(activations, want)
-  assert np.all(rounds == rounds[0])
-  rows = np.concatenate(
-    [
-      np.asarray(tier.rows).reshape(-1, DIM)[:count]
-      for tier, count in zip(new, (plan.hot, plan.warm, plan.cold), strict=True)
-      if tier is not None
-    ]
-  )
-  used = np.bincount(ids[ids >= 0], minlength=ROWS)
-  want = np.arange(ROWS) * (1 - 0.1 * used)
-  np.testing.assert_allclose(
-    rows, np.stack([want, -want], axis=1), rtol=2e-5, atol=1e-3
-  )
-  return rounds[0]
-
-
-@pytest.mark.parametrize("name", [*PLANS, *NODE_LOOKUPS])
-def test_lookup_equals_indexing_and_reports_its_rounds(name):
-  plan = (PLANS | NODE_PLANS)[name]
-  for ids in draws(plan):
-    rounds = check_read(plan, ids)
-    assert rounds == len(list(rounds_of(plan, ids)))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-  st.data(),
-  st.sampled_from(
-    ["one_row_buffers", "random_0", "copies_and_two_stage", "two_stage_one_row"]
-  ),
-)
-def test_lookup_of_any_ids_equals_indexing(data, name):
-  plan = (PLANS | NODE_PLANS)[name]
-  size = plan.batch_size * COLUMNS
-  few = data.draw(st.lists(st.integers(-1, ROWS - 1), min_size=1, max_size=20))
-  pick = data.draw(st.lists(st.sampled_from(few), max_size=size))
-  ids = np.array(pick + [few[0]] * (size - len(pick)))
-  check_read(plan, ids.reshape(-1, COLUMNS))
 
 
 def test_without_a_chance_of_overflow_no_loop_is_compiled():

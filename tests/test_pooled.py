@@ -10,6 +10,7 @@ import optax
 import pytest
 import test_train_step as dense
 from test_collectives import on_64_devices
+from test_compiled_step import big_plan
 
 from recjax import collectives, planner, positions, spectrum, tables, train_step
 from recjax.frequency import Profile
@@ -206,7 +207,7 @@ def test_tables_are_updated_in_place():
   small = make_plan(8, "warm", 1, "uneven")
   model, mesh, state, _ = build(features, small, "adam")
   plan = dataclasses.replace(
-    dense.big_plan(rows, "warm"), pooled=POOLED["uneven"]
+    big_plan(rows, "warm"), pooled=POOLED["uneven"]
   )
   model = model._replace(plan=plan)
   lowered, shapes = train_step.lower(model, mesh, state.params, dense.DENSE)

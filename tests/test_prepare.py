@@ -6,12 +6,6 @@ import glob
 import hashlib
 import os
 import random
-import resource
-import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -21,7 +15,6 @@ import tensorflow_datasets as tfds
 from recjax import (
   blocks,
   formats,
-  movielens,
   parsing,
   prepare,
   stage,
@@ -330,115 +323,6 @@ def test_the_vocabulary_travels(tmp_path):
   np.testing.assert_array_equal(found.table, p.profile.table)
 
 
-SCRIPT = """
-import resource, sys
-from recjax import prepare
-from recjax.config import Config, Data
-from recjax.errors import UserError
-train, directory, full = sys.argv[1:]
-
-def report(line):
-  print(line, flush=True)
-  if full and f"prepare: {full}" in line:
-    fill()
-
-def fill():
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-
-if full == "start":
-  fill()
-c = Config(data=Data(train=train, block_samples=64, memory_mb=256))
-try:
-  prepare.prepare(c, directory, report)
-except UserError as e:
-  print("UserError:", e)
-  sys.exit(1)
-"""
-
-
-def run(train, directory, full=""):
-  return subprocess.Popen(
-    [sys.executable, "-c", SCRIPT, str(train), str(directory), full],
-    cwd=os.path.join(os.path.dirname(__file__), ".."),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
-
-
-@pytest.mark.parametrize("full", ["start", "stage", "count", "pack"])
-def test_a_full_disk_loses_nothing(tmp_path, full):
-  """Full from the start, and as a pass ends, before its result is written.
-
-  A limit on the size of files stands for it: writes fail the same way.
-  """
-  log(tmp_path / "log.tsv", 2_500)
-  with run(tmp_path / "log.tsv", tmp_path / "p", full) as process:
-    out = process.communicate()[0]
-  assert process.returncode == 1, out
-  assert "UserError: no space left on the disk of" in out
-  assert not (tmp_path / "p").exists()
-  p = prepare.prepare(config(tmp_path / "log.tsv"), str(tmp_path / "p"), quiet)
-  assert sum(p.samples.values()) == 2_500
-
-
-def test_no_space_to_spill_counts_as_a_full_disk(tmp_path):
-  with vocabulary.open_engine(128, str(tmp_path)) as engine:
-    engine.execute("SET max_temp_directory_size = '1MB'")
-    with pytest.raises(Exception, match="max_temp_directory_size") as e:
-      engine.execute(
-        "CREATE TABLE t AS SELECT random()::VARCHAR || range AS x"
-        " FROM range(10_000_000) ORDER BY x"
-      )
-  assert prepare._disk_full(e.value)
-
-
-def test_killed_at_any_moment_it_ends_the_same(tmp_path):
-  log(tmp_path / "log.tsv", 20_000)
-  start = time.monotonic()
-  with run(tmp_path / "log.tsv", tmp_path / "p") as process:
-    assert process.wait() == 0
-  spent = time.monotonic() - start
-  want = content(tmp_path / "p")
-  rng = random.Random(0)
-  killed = 0
-  for _ in range(5):
-    with run(tmp_path / "log.tsv", tmp_path / "q") as process:
-      time.sleep(spent * rng.uniform(0.4, 1.0))
-      process.send_signal(signal.SIGKILL)
-      killed += process.wait() == -signal.SIGKILL
-    shutil.rmtree(tmp_path / "q", ignore_errors=True)  # where it was finished
-  with run(tmp_path / "log.tsv", tmp_path / "q") as process:
-    assert process.wait() == 0
-  assert killed
-  assert content(tmp_path / "q") == want
-
-
-def test_memory_stays_bounded(tmp_path):
-  """More distinct values than the engine may hold: it spills."""
-  n = 3_000_000
-  values = np.random.default_rng(0).permutation(n)
-
-  def parts():
-    for i in range(0, n, 100_000):
-      text = np.char.add(
-        "a rather long value ", values[i : i + 100_000].astype(str)
-      )
-      yield np.zeros(100_000, np.int16), vocabulary.pa.array(text)
-
-  spill = str(tmp_path / "spill")
-  with vocabulary.open_engine(128, spill) as engine:
-    counted = ((t, v, np.full(len(v), 3)) for t, v in parts())
-    vocabulary.count(engine, counted, ("a",), 2, str(tmp_path / "v"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    ranks = np.concatenate(
-      list(vocabulary.ranks(engine, parts, ("a",), str(tmp_path / "v")))
-    )
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-  assert len(np.unique(ranks)) == n
-  assert after - before < 400  # MiB; the values alone take that
-
-
 def test_synthetic_logs_go_the_same_way(tmp_path):
   c = Config(
     data=Data(
@@ -451,79 +335,6 @@ def test_synthetic_logs_go_the_same_way(tmp_path):
   assert p.teacher["test_samples"] == 500
   c.data.seed = 1
   with pytest.raises(UserError, match=r"data\.seed was 0, is now 1"):
-    prepare.prepare(c, str(tmp_path / "p"), quiet)
-
-
-def movielens_files(directory, times=True):
-  directory.mkdir()
-  (directory / "users.dat").write_text("1::F::18::3::00001\n2::M::25::4::99\n")
-  (directory / "movies.dat").write_text(
-    "7::Am\xe9lie (2001)::Comedy|Romance\n8::Up::Drama\n", encoding="latin-1"
-  )
-  ratings = [(1, 7, 5, 30), (1, 8, 3, 10), (2, 7, 4, 20), (2, 9, 1, 40)] * 5
-  if times:
-    text = "".join(f"{u}::{m}::{r}::{t}\n" for u, m, r, t in ratings)
-    (directory / "ratings.dat").write_text(text)
-  else:
-    text = "".join(f"{u}\t{m}\t{r}\n" for u, m, r, _ in ratings)
-    (directory / "ratings.tsv").write_text(text)
-  return directory
-
-
-def test_movielens_in_time_order(tmp_path):
-  files = movielens_files(tmp_path / "ml")
-  c = config(files, format="movielens", min_count=1, test_fraction=0.25)
-  p = prepare.prepare(c, str(tmp_path / "p"), quiet)
-  assert p.samples == {"train": 15, "test": 5}
-  got = arrays(p, "train")
-  assert "dense" not in got  # there are none
-  at = os.path.join(p.directory, prepare.BLOCKS)
-  assert blocks.Blocks(at, "train", 15, 64)[[0]]["dense"].shape == (15, 0)
-  np.testing.assert_array_equal(got["label"], [0] * 5 + [1] * 10)
-  table = pq.read_table(tmp_path / "p" / vocabulary.FILE)
-  name = {r["rank"]: r["value"] or r["kind"] for r in table.to_pylist()}
-  assert [name.get(i) for i in got["ids"][0]] == [
-    "1", "8", "F", "18", "3", "00001", "Drama", *[None] * 5
-  ]  # fmt: skip
-  assert [name.get(i) for i in got["ids"][10][6:8]] == ["Comedy", "Romance"]
-  # Movie 9 is not in movies.dat and only in the test part.
-  last = arrays(p, "test")["ids"][-1]
-  assert [name[i] for i in last[[0, 1, 6]]] == ["2", "oov", "missing"]
-
-
-def test_movielens_errors(tmp_path):
-  no_time = movielens_files(tmp_path / "no_time", times=False)
-  files = movielens_files(tmp_path / "ml")
-  cases = [
-    (config(no_time), r"split=time needs times"),
-    (config(tmp_path / "none"), r"none does not exist"),
-    (config(files, test="x"), r"data\.test is x"),
-  ]
-  for c, message in cases:
-    c.data.format = "movielens"
-    with pytest.raises(UserError, match=message):
-      prepare.prepare(c, str(tmp_path / "p"), quiet)
-  c = config(files, format="movielens", split="random")
-  for name, text, message in (
-    ("ratings.dat", "1::7::6::1\n", r"line 1, field rating: '6' is not 1, 2"),
-    ("ratings.dat", "1::7::5\n", r"line 1: 3 fields where 4"),
-    ("users.dat", "1::F\n", r"users\.dat, line 1: 2 fields where 5"),
-  ):
-    kept = (files / name).read_text()
-    (files / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-      prepare.prepare(c, str(tmp_path / "p"), quiet)
-    (files / name).write_text(kept)
-  (files / "movies.dat").unlink()
-  with pytest.raises(UserError, match=r"movies\.dat does not exist"):
-    prepare.prepare(c, str(tmp_path / "p"), quiet)
-
-
-def test_movielens_that_cannot_be_downloaded(tmp_path, monkeypatch):
-  monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
-  monkeypatch.setattr(movielens, "URL", "http://localhost:9/ml-1m.zip")
-  c = config("", format="movielens")
-  with pytest.raises(UserError, match=r"fetch and unpack it yourself and set"):
     prepare.prepare(c, str(tmp_path / "p"), quiet)
 
 
@@ -545,17 +356,3 @@ def test_real_criteo(tmp_path):
   train = arrays(p, "train")["label"].mean()
   assert test == pytest.approx(0.2221, abs=5e-5)
   assert 0.8 * train + 0.2 * test == pytest.approx(0.2245, abs=5e-5)
-
-
-@needs_real_data
-def test_real_movielens(tmp_path):
-  c = config(
-    os.path.join(REAL, "ml-1m"), format="movielens", split="random", min_count=1
-  )
-  c.data.block_samples = 8_192
-  p = prepare.prepare(c, str(tmp_path / "p"), quiet)
-  assert sum(p.samples.values()) == 1_000_209
-  rows = np.bincount(p.profile.table) - 2  # without the special rows
-  assert rows[0] == 6_040
-  assert rows[1] <= 3_706
-  assert rows[6] == 18
