@@ -206,9 +206,7 @@ def test_tables_are_updated_in_place():
   features, rows = FEATURES["bags"], 16_000_000
   small = make_plan(8, "warm", 1, "uneven")
   model, mesh, state, _ = build(features, small, "adam")
-  plan = dataclasses.replace(
-    big_plan(rows, "warm"), pooled=POOLED["uneven"]
-  )
+  plan = dataclasses.replace(big_plan(rows, "warm"), pooled=POOLED["uneven"])
   model = model._replace(plan=plan)
   lowered, shapes = train_step.lower(model, mesh, state.params, dense.DENSE)
   compiled, t = lowered.compile(), shapes.tables
