@@ -178,9 +178,10 @@ PRESETS = {
 def cpu(devices: int) -> Topology:
   """Simulated devices that share this machine's cores, each its part.
 
-  By scripts/calibrate.py with eight of them on two cores (the mean of two runs,
-  but for the host: cuts.py wants its rows no cheaper than the devices', which
-  the same memory holds here), and assumed to grow with cores.
+  By scripts/calibrate.py with eight of them on two cores: the mean of two runs,
+  launch of two later ones whose smallest step is a batch of 512. But for the
+  host: cuts.py wants its rows no cheaper than the devices', which the same
+  memory holds here. Assumed to grow with cores.
   What an operation takes before it does anything is the devices' together.
   """
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

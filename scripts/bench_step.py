@@ -208,7 +208,12 @@ def main():
   add("--batch", type=int, nargs="+", default=[2048, 8192])
   add("--exponent", type=float, default=1.05, help="of the ids' power law")
   add("--multi_hot", action="store_true", help="MLPerf's lookups of a table")
-  add("--device_share", type=float, default=2, help="of the rows, for recjax")
+  add(
+    "--device_share",
+    type=float,
+    default=2,
+    help="rows that recjax's device holds / all",
+  )
   add("--topology", default="", help="recjax's: a preset or file; else found")
   add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
   add("--rivals_python", default=sys.executable, help="has torch and fbgemm")

@@ -9,11 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from recjax import (
-  sparse_optim,
-  tables,
-  train_step,
-)
+from recjax import sparse_optim, tables, train_step
 from recjax.cuts import FLAT, TRANSPORTS
 from recjax.mesh import batch_sharding, make_mesh, replicated
 from recjax.plan import Plan
