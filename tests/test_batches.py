@@ -101,6 +101,18 @@ def test_epochs_and_seeds_differ_and_repeat(prepared):
   assert [numbers(next(forever)) for _ in range(2 * steps)] == two
 
 
+def test_a_block_is_shuffled_anew_in_every_epoch(prepared):
+  """Not only the blocks: the samples of each, which come in their order."""
+  steps = batches.steps_per_epoch(prepared, "train", 10)
+  found = train(prepared, 10, epochs=3, seed=5)
+  epochs = [flat(found[i * steps : (i + 1) * steps]) for i in range(3)]
+  for block in range(TRAIN // BLOCK):  # 16! orders: none comes twice by chance
+    orders = {
+      tuple(n for n in epoch if n // BLOCK == block) for epoch in epochs
+    }
+    assert len(orders) == 3
+
+
 def test_samples_mix_across_blocks(prepared):
   first = train(prepared, 40)[0]
   assert len({n // BLOCK for n in first}) == 3

@@ -87,6 +87,18 @@ def test_a_run_leaves_what_it_should(trained):
   assert sorted(kept) == ["60", str(steps)]
 
 
+def test_padding_of_the_last_test_batch_does_not_count(trained):
+  """Metrics are those of the split's samples, whatever the batch size."""
+  config, workdir, result, _ = trained
+  assert 2_000 % config.train.batch_size  # the last batch is padded
+  assert result["samples"] == 2_000
+  config = small_config(workdir)
+  config.train.batch_size = 2_000  # and this one is not
+  whole = train.evaluate_checkpoint(config, workdir, quiet)
+  for name in result:
+    np.testing.assert_allclose(whole[name], result[name], atol=1e-6)
+
+
 def test_tables_may_be_pooled_and_then_no_longer(tmp_path):
   """What training wrote to an owner's rows is read where they are else."""
   config = small_config(tmp_path)
