@@ -7,7 +7,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from recjax import config as config_lib
-from recjax import topology
+from recjax import malloc
 from recjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A config.")
@@ -48,8 +48,9 @@ def main(_) -> None:
   file = config_flags.get_config_filename(flags.FLAGS["config"])
   workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
   logging.set_verbosity(logging.ERROR)
-  topology.keep_freed_memory()
-  from recjax import distributed, mesh, train  # JAX, after the flags
+  malloc.keep_freed_memory()
+  from recjax import distributed, mesh
+  from recjax.training import train
 
   job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
   try:

@@ -27,7 +27,7 @@ def _choice(default: str, *others: str) -> typing.Any:
 
 @dataclass
 class Synthetic:
-  """Criteo-format logs drawn from a planted teacher (recjax/synthetic.py)."""
+  """Criteo-format logs drawn from a planted teacher (recjax/data/synthetic.py)."""
 
   samples: int = 1_000_000
   rows: int = 2_000_000  # of all tables together
@@ -175,6 +175,17 @@ def _unknown(prefix, name, fields, where) -> UserError:
     f"{where}: there is no field {dot}{name}; {hint or 'the fields are'}"
     + ("" if near else f" {', '.join(dot + f for f in fields)}")
   )
+
+
+def check_nodes(devices: int, node_devices: int) -> None:
+  """Raises UserError where devices do not make whole nodes; 0 = one node."""
+  if node_devices and devices % node_devices:
+    fit = [g for g in range(1, devices + 1) if devices % g == 0]
+    raise UserError(
+      f"mesh.node_devices: {devices} devices cannot be shared out to nodes of "
+      f"{node_devices}; use one of {', '.join(map(str, fit))}, or 0 for what "
+      "the topology says"
+    )
 
 
 def check(config, prefix: str = "") -> None:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from recjax import topology
+from recjax import config as config_lib
 from recjax.errors import UserError
 
 AXIS = NODES, DEVICES = "node", "device"
@@ -57,7 +57,7 @@ def make_mesh(devices: int, node_devices: int = 0) -> Mesh:
       " or fewer, or 0 for all"
     )
   devices = devices or len(found)
-  topology.check_nodes(devices, node_devices)
+  config_lib.check_nodes(devices, node_devices)
   used = []
   for _, group in itertools.groupby(found, lambda d: d.process_index):
     used += list(group)[: devices // jax.process_count()]

@@ -28,9 +28,12 @@ import jax
 import numpy as np
 from synthetic_step import LARGE, Run, Setting, draw, problem_of, times_of
 
-from recjax import cuts, planner, presets, topology
+from recjax import malloc
 from recjax.mesh import make_mesh, simulate_devices
-from recjax.plan import Plan
+from recjax.plan import layout
+from recjax.plan.plan import Plan
+from recjax.planner import cut_points, presets
+from recjax.planner import solve as solve_lib
 
 KAGGLE = (
   *(1_460, 583, 250_000, 60_000, 305, 24, 12_517, 633, 3, 30_000, 5_683),
@@ -66,21 +69,21 @@ SETTINGS = (
 
 
 def exchanges(setting: Setting, problem) -> list[dict]:
-  """What a plan may choose beside the cuts: arguments of planner.solve."""
+  """What a plan may choose beside the cuts: arguments of solve_lib.solve."""
   if setting.node_devices:
-    return [{"ways": (way,)} for way in cuts.transports(problem.work)]
+    return [{"ways": (way,)} for way in cut_points.transports(problem.work)]
   if setting.hotness:
     longest = sorted(setting.features, key=lambda f: -f.hotness)
     names = [f.name for f in longest]
     return [{"pooled": tuple(names[:count])} for count in (0, 1, 3)]
-  return [{"syncs": (sync,)} for sync in cuts.HOT_SYNCS]
+  return [{"syncs": (sync,)} for sync in cut_points.HOT_SYNCS]
 
 
 def sweep(problem, setting: Setting) -> list[Plan]:
   """The planner's choice, then others that fit, none twice."""
   work, rows = problem.work, problem.spectrum.rows
   fit = int(setting.share * rows)
-  solve = lambda **arguments: planner.solve(
+  solve = lambda **arguments: solve_lib.solve(
     problem,
     hosts=1,
     device_bytes=fit * work.stored,
@@ -92,8 +95,8 @@ def sweep(problem, setting: Setting) -> list[Plan]:
   ways = exchanges(setting, problem)
   for hot in (0, chosen.hot, fit // 4, fit // 64):
     for way in ways:
-      owners = way.get("ways", (cuts.FLAT,))[0].warm_owners(work)
-      most = int(cuts.most_warm(rows, hot, fit, owners))
+      owners = way.get("ways", (cut_points.FLAT,))[0].warm_owners(work)
+      most = int(layout.most_sharded(rows, hot, fit, owners))
       for warm in (most, 0) if hot and way is ways[0] else (most,):
         plan = solve(hot_rows=hot, warm_rows=warm, **way)
         plans.setdefault(key(plan), plan)
@@ -171,7 +174,7 @@ def main() -> None:
   parser.add_argument("--only", type=int, nargs="+", help="numbers of settings")
   parser.add_argument("--terms", action="store_true", help="of predictions")
   args = parser.parse_args()
-  topology.keep_freed_memory()
+  malloc.keep_freed_memory()
   simulate_devices(args.devices)
   mesh = make_mesh(args.devices)
   begin = time.perf_counter()

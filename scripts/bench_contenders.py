@@ -37,20 +37,15 @@ def recjax_step(data, args):
   import jax.numpy as jnp
   import optax
 
-  from recjax import (
-    config,
-    models,
-    planner,
-    presets,
-    sparse_optim,
-    spectrum,
-    step_cost,
-    tables,
-    train_step,
-  )
+  from recjax import config
+  from recjax.embedding import optimizers, tables
   from recjax.frequency import Profile
   from recjax.mesh import batch_sharding, make_mesh, replicated
-  from recjax.specs import Feature
+  from recjax.models import dlrm
+  from recjax.planner import frequency_buckets, presets, step_cost
+  from recjax.planner import solve as solve_lib
+  from recjax.schema import Feature
+  from recjax.training import step as step_lib
 
   dense, ids, labels = data
   # The expected counts of a long log of that power law, in rank order.
@@ -71,8 +66,8 @@ def recjax_step(data, args):
     topology = presets.get(args.topology, 1)
   else:
     topology = presets.of_device(jax.devices()[0].device_kind, 1, 1)
-  plan = planner.plan(
-    spectrum.of_profile(profile, args.hotness),
+  plan = solve_lib.plan(
+    frequency_buckets.of_profile(profile, args.hotness),
     topology=topology,
     devices=1,
     hosts=1,
@@ -91,14 +86,14 @@ def recjax_step(data, args):
     f"{plan.hot:,} hot, {plan.warm:,} warm, {plan.cold:,} cold rows, predicted "
     f"{1e3 * plan.step_seconds:.1f} ms a step"
   )
-  params, apply = models.build(
+  params, apply = dlrm.build(
     config.Model(bottom=BOTTOM, top=TOP), DENSE, len(ROWS), args.dim, seed=0
   )
-  model = train_step.Model(
+  model = step_lib.Model(
     apply=apply,
     features=tuple(map(Feature, names, names, args.hotness)),
     dense_optimizer=optax.adagrad(LEARNING_RATE, 0.0, 1e-8),
-    sparse_optimizer=sparse_optim.rowwise_adagrad(LEARNING_RATE),
+    sparse_optimizer=optimizers.rowwise_adagrad(LEARNING_RATE),
     plan=plan,
     exchange_dtype=jnp.float32,
     seed=0,
@@ -109,7 +104,7 @@ def recjax_step(data, args):
     replicated(mesh),
   )
   rows = tables.init(plan, model.sparse_optimizer, mesh, INIT_SCALE, seed=0)
-  state = train_step.TrainState(*state, rows)
+  state = step_lib.TrainState(*state, rows)
   first = np.repeat(np.cumsum([0, *ROWS[:-1]]), args.hotness)
   batches = [
     jax.device_put(
@@ -117,7 +112,7 @@ def recjax_step(data, args):
     )
     for d, i, y in zip(dense, ids, labels, strict=True)
   ]
-  update = train_step.make_train_step(model, mesh)
+  update = step_lib.make_train_step(model, mesh)
 
   def step(i):
     nonlocal state
@@ -133,10 +128,11 @@ def plain_jax_step(data, args):
   import jax.numpy as jnp
   import optax
 
-  from recjax import config, models
+  from recjax import config
+  from recjax.models import dlrm
 
   model = config.Model(bottom=BOTTOM, top=TOP)
-  params, apply = models.build(model, DENSE, len(ROWS), args.dim, seed=0)
+  params, apply = dlrm.build(model, DENSE, len(ROWS), args.dim, seed=0)
   keys = jax.random.split(jax.random.key(0), len(ROWS))
   tables = [
     jax.random.uniform(k, (r, args.dim), minval=-INIT_SCALE, maxval=INIT_SCALE)
@@ -190,12 +186,13 @@ def host_jax_step(data, args):
   import optax
   from jax import lax
 
-  from recjax import config, models
+  from recjax import config
+  from recjax.embedding.tables import DEVICE, HOST, gather, on_host
   from recjax.mesh import make_mesh, replicated
-  from recjax.tables import DEVICE, HOST, gather, on_host
+  from recjax.models import dlrm
 
   model = config.Model(bottom=BOTTOM, top=TOP)
-  params, apply = models.build(model, DENSE, len(ROWS), args.dim, seed=0)
+  params, apply = dlrm.build(model, DENSE, len(ROWS), args.dim, seed=0)
   optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
   place = replicated(make_mesh(1))
   rng = np.random.default_rng(0)

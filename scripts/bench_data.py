@@ -12,8 +12,8 @@ import platform
 import tempfile
 import time
 
-from recjax import batches, prepare, synthetic
 from recjax.config import Config, Data, Synthetic
+from recjax.data import batches, prepare, synthetic
 
 
 def main():

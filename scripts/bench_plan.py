@@ -19,10 +19,17 @@ import time
 
 import numpy as np
 
-from recjax import baselines, bounds, cuts, planner, presets, spectrum
 from recjax.frequency import Profile
-from recjax.plan import describe
-from recjax.spectrum import Table
+from recjax.plan.plan import describe
+from recjax.planner import (
+  baselines,
+  cut_points,
+  frequency_buckets,
+  lower_bound,
+  presets,
+)
+from recjax.planner import solve as solve_lib
+from recjax.planner.frequency_buckets import Table
 
 KAGGLE = (
   1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593,
@@ -44,8 +51,8 @@ def tables_of(rows) -> tuple[Table, ...]:
 
 
 def problem_of(rows, exponent, devices, batch_size, dim, **changes):
-  return planner.make_problem(
-    spectrum.power_law(tables_of(rows), exponent),
+  return solve_lib.make_problem(
+    frequency_buckets.power_law(tables_of(rows), exponent),
     devices=devices,
     batch_size=batch_size,
     lookups=len(rows),
@@ -72,16 +79,16 @@ def optimality() -> None:
           )  # fmt: skip
           total = problem.spectrum.rows
           fit, host = total // 3 // n, 2 * total
-          found = cuts.best_cuts(problem, fit, host, syncs=("dense",))
+          found = cut_points.best_cuts(problem, fit, host, syncs=("dense",))
           seconds = time.perf_counter() - start
           got = float(problem.cost_of_cuts(*found))
           bound = min(
-            bounds.lower_bound(problem, fit, host, way)
-            for way in cuts.transports(problem.work)
+            lower_bound.lower_bound(problem, fit, host, way)
+            for way in cut_points.transports(problem.work)
           )
           padded = dataclasses.replace(problem, overflow_probability=1e-2)
           start = time.perf_counter()
-          cuts.best_cuts(padded, fit, host)
+          cut_points.best_cuts(padded, fit, host)
           print(
             f"{name:9} {exponent:5} {n:5} {objective:9} {found[0]:>10,} "
             f"{found[1] - found[0]:>12,} {total - found[1]:>12,} "
@@ -92,12 +99,12 @@ def optimality() -> None:
 
 def counted() -> None:
   rng = np.random.default_rng(0)
-  s = spectrum.power_law(tables_of(KAGGLE), 1.15)
+  s = frequency_buckets.power_law(tables_of(KAGGLE), 1.15)
   counts = rng.poisson(np.repeat(s.uses, s.count) * 45e6)
   counts = np.sort(counts)[::-1].copy()
   profile = Profile(45_000_000, ("t",), counts, np.zeros(len(counts), np.int16))
   start = time.perf_counter()
-  plan = planner.plan(
+  plan = solve_lib.plan(
     profile, devices=8, batch_size=65_536, lookups=26, dim=128, dtype="float32",
     slot_bytes=512, hosts=1, device_bytes=1 << 30, host_bytes=1 << 40,
   )  # fmt: skip
@@ -153,7 +160,7 @@ def placements(rivals_python: str | None) -> None:
     )
     hosts = problem.topology.hosts(n)
     device, host = int(115e9), int(1.8e12)
-    plan = planner.solve(
+    plan = solve_lib.solve(
       problem, hosts=hosts, device_bytes=device, host_bytes=host
     )
     print(f"Terabyte, exponent 1.15, {n} H200 (no dense part):")

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recjax import sparse_optim, tables, train_step
+from recjax.embedding import optimizers, tables
 from recjax.mesh import batch_sharding, make_mesh, replicated
-from recjax.plan import Plan
-from recjax.specs import Feature
+from recjax.plan.plan import Plan
+from recjax.schema import Feature
+from recjax.training import step as step_lib
 
 FEATURES = tuple(Feature(f"C{i}", f"C{i}") for i in range(26))
 
@@ -40,11 +41,11 @@ def build(rows: int, tier: str, args):
     capacity_cold=args.batch_size * 26 if tier == "cold" else 0,
   )
   mesh = make_mesh(1)
-  model = train_step.Model(
+  model = step_lib.Model(
     apply=lambda params, dense, x: jnp.sum(x, axis=(1, 2)) * params["scale"],
     features=FEATURES,
     dense_optimizer=optax.sgd(0.1),
-    sparse_optimizer=sparse_optim.OPTIMIZERS[args.optimizer](0.1),
+    sparse_optimizer=optimizers.OPTIMIZERS[args.optimizer](0.1),
     plan=plan,
     exchange_dtype=jnp.float32,
     seed=0,
@@ -53,7 +54,7 @@ def build(rows: int, tier: str, args):
   dense = (params, model.dense_optimizer.init(params), np.int32(0))
   params, opt_state, step = jax.device_put(dense, replicated(mesh))
   t = tables.init(plan, model.sparse_optimizer, mesh, 0.05, 0)
-  state = train_step.TrainState(step, params, opt_state, t)
+  state = step_lib.TrainState(step, params, opt_state, t)
   return model, mesh, state
 
 
@@ -106,7 +107,7 @@ def main() -> None:
       if args.spread:
         for b in batches:
           b["ids"] = b["ids"] * (rows // min(args.rows))
-      step = train_step.make_train_step(model, mesh)
+      step = step_lib.make_train_step(model, mesh)
       compiled = step.lower(state, batches[0]).compile()
       runs.append([rows, compiled, state, batches, []])
     for i in range(args.steps + 8):  # sizes alternate: noise hits all alike

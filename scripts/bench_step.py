@@ -45,7 +45,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from bench_contenders import CONTENDERS, DENSE, MULTI_HOT, ROWS
 
-from recjax import topology  # needs nothing that torch's Python lacks
+from recjax import malloc
 
 
 def draw_batches(args):
@@ -80,7 +80,7 @@ def work(args):
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
     os.sched_setaffinity(0, cores)
   if args.malloc == "tuned":
-    topology.keep_freed_memory()
+    malloc.keep_freed_memory()
   missing = [p for p in packages if importlib.util.find_spec(p) is None]
   if missing:
     return {"skipped": f"{' and '.join(missing)} not installed"}

@@ -30,20 +30,20 @@ import numpy as np
 import optax
 from bench_contenders import MULTI_HOT
 
-from recjax import (
-  collectives,
-  cost,
-  cuts,
-  planner,
-  presets,
-  sparse_optim,
-  spectrum,
-  train_step,
-)
+from recjax.embedding import optimizers
 from recjax.mesh import make_mesh, simulate_devices
-from recjax.plan import Plan
-from recjax.specs import Feature
-from recjax.spectrum import Table
+from recjax.plan.plan import Plan
+from recjax.planner import (
+  compiled_collectives,
+  cut_points,
+  formulas,
+  frequency_buckets,
+  presets,
+)
+from recjax.planner import solve as solve_lib
+from recjax.planner.frequency_buckets import Table
+from recjax.schema import Feature
+from recjax.training import step as step_lib
 
 DEVICES, NODES, LOCAL = 8, 2, 8_192
 FEATURES = tuple(Feature(f"C{i}", f"C{i}") for i in range(26))
@@ -53,29 +53,29 @@ MLPERF = (
   590152, 12973, 108, 36,
 )  # fmt: skip
 WAYS = {
-  "flat": cuts.FLAT,
-  "two_stage": cuts.Transport("two_stage", "one"),
-  "node": cuts.Transport("flat", "node"),
+  "flat": cut_points.FLAT,
+  "two_stage": cut_points.Transport("two_stage", "one"),
+  "node": cut_points.Transport("flat", "node"),
 }
 
 
 def collectives_of(
   plan: Plan, features: tuple[Feature, ...], exchange_dtype: str
-) -> list[collectives.Collective]:
+) -> list[compiled_collectives.Collective]:
   """Of the first round of a training step whose dense part has one weight."""
   mesh = make_mesh(plan.devices, plan.node_devices)
-  model = train_step.Model(
+  model = step_lib.Model(
     apply=lambda params, dense, x: params["w"] * jnp.sum(x, (1, 2)),
     features=features,
     dense_optimizer=optax.sgd(0.1),
-    sparse_optimizer=sparse_optim.adagrad(0.1),
+    sparse_optimizer=optimizers.adagrad(0.1),
     plan=plan,
     exchange_dtype=jnp.dtype(exchange_dtype),
     seed=0,
   )
-  lowered, _ = train_step.lower(model, mesh, {"w": jnp.zeros(())}, 1)
+  lowered, _ = step_lib.lower(model, mesh, {"w": jnp.zeros(())}, 1)
   text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
-  found = collectives.of_step(text, plan.devices)
+  found = compiled_collectives.of_step(text, plan.devices)
   return [c for c in found if not c.repeated]
 
 
@@ -97,17 +97,19 @@ def kaggle() -> None:
           exchange_dtype=wire,
           objective="bytes",
         )
-        plan = planner.solve(
+        plan = solve_lib.solve(
           problem, hosts=1, device_bytes=1 << 40, host_bytes=1 << 40
         )
         found = collectives_of(plan, FEATURES, wire)
         sent = sum(c.sent(n) for c in found)
         planned = sum(v for k, v in plan.sent if k != "host")
         distinct = float(problem.distinct(0, plan.rows))
-        floor = sum(cost.coalesced_bytes(distinct, problem.work.wire_bytes, n))
-        table = sum(sum(cost.pooled_bytes(1.0, b, 1, 4 * dim, n))
+        floor = sum(
+          formulas.coalesced_bytes(distinct, problem.work.wire_bytes, n)
+        )
+        table = sum(sum(formulas.pooled_bytes(1.0, b, 1, 4 * dim, n))
                     for _ in FEATURES)  # fmt: skip
-        row = sum(cost.uncoalesced_bytes(len(FEATURES), b, 4 * dim, n))
+        row = sum(formulas.uncoalesced_bytes(len(FEATURES), b, 4 * dim, n))
         print(
           f"{dim:4} {exponent:5} {wire:>9} {sent / b:>9,.1f} "
           f"{planned / b:>9,.1f} {floor / b:>9,.1f} {sent / floor:>6.3f} "
@@ -130,12 +132,12 @@ def nodes() -> None:
       )
       touched = problem.spectrum.touched(DEVICES * b)
       floor = np.sum(
-        cost.two_stage_bytes(touched, 4 * dim, NODES, DEVICES)
+        formulas.two_stage_bytes(touched, 4 * dim, NODES, DEVICES)
         * problem.spectrum.count
       )
       flat = 0.0
       for name, way in WAYS.items():
-        plan = planner.solve(
+        plan = solve_lib.solve(
           problem,
           hosts=NODES,
           device_bytes=1 << 40,
@@ -170,9 +172,9 @@ def multi_hot() -> None:
         f"{'worst feature':>14} {'pooled':>7}")  # fmt: skip
   for dim in (16, 128):
     for exponent in bench_plan.EXPONENTS:
-      s = spectrum.power_law(rows, exponent)
+      s = frequency_buckets.power_law(rows, exponent)
       assert s.of_table is not None
-      problem = planner.make_problem(
+      problem = solve_lib.make_problem(
         s,
         devices=n,
         batch_size=n * b,
@@ -184,7 +186,7 @@ def multi_hot() -> None:
       )
       bare = dataclasses.replace(problem, overflow_probability=None)
       plan, expected, alone = (
-        planner.solve(
+        solve_lib.solve(
           p, hosts=1, device_bytes=1 << 37, host_bytes=1 << 40, pooled=pooled
         )
         for p, pooled in ((problem, None), (bare, None), (problem, ()))
@@ -194,10 +196,10 @@ def multi_hot() -> None:
       w, owner = 4 * dim, dict(expected.pooled)
       assert expected.warm_slots >= max(MLPERF) or not owner
       coalesced = [
-        sum(cost.coalesced_bytes(float(x @ problem.pi), w, n))
+        sum(formulas.coalesced_bytes(float(x @ problem.pi), w, n))
         for x in s.of_table
       ]
-      pooled = [sum(cost.pooled_bytes(1.0, b, h, w, n)) for h in MULTI_HOT]
+      pooled = [sum(formulas.pooled_bytes(1.0, b, h, w, n)) for h in MULTI_HOT]
       ours = [
         p if t.name in owner else c
         for t, c, p in zip(rows, coalesced, pooled, strict=True)

@@ -111,16 +111,13 @@ def work(index: int, count: int, args) -> None:
   """One process; process 0 prints."""
   import jax
 
-  from recjax import (
-    batches,
-    distributed,
-    evaluate,
-    exchange,
-    positions,
-    train,
-    train_step,
-  )
+  from recjax import distributed
   from recjax import mesh as mesh_lib
+  from recjax.data import batches
+  from recjax.embedding import exchange
+  from recjax.plan import positions
+  from recjax.training import evaluate, train
+  from recjax.training import step as step_lib
 
   quiet = lambda _: None
   show = quiet if index else lambda line: print(line, flush=True)
@@ -163,7 +160,7 @@ def work(index: int, count: int, args) -> None:
       process_count=count,
       positions_of=positions.from_ranks(plan, prepared.profile),
     )
-    step = train_step.make_train_step(model, mesh)
+    step = step_lib.make_train_step(model, mesh)
     rounds = 0
     for i in range(_WARM_UP + args.steps):
       if i == _WARM_UP:

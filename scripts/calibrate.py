@@ -29,10 +29,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from refine import refined, timed_steps
 from synthetic_step import times_of
 
-from recjax import topology
-from recjax.exchange import coalesce
+from recjax import malloc
+from recjax.embedding.exchange import coalesce
+from recjax.embedding.tables import DEVICE, HOST, gather, on_host
 from recjax.mesh import AXIS, make_mesh, simulate_devices
-from recjax.tables import DEVICE, HOST, gather, on_host
+from recjax.planner import topology
 
 DIM = 32  # of the rows: 128 bytes
 ROWS = 1 << 18  # of a device's table, times times_of(mesh)
@@ -304,7 +305,7 @@ def main() -> None:
   parser.add_argument("--devices", type=int, default=0, help="0 = all")
   parser.add_argument("--repeats", type=int, default=20)
   args = parser.parse_args()
-  topology.keep_freed_memory()
+  malloc.keep_freed_memory()
   simulate_devices(args.devices)
   mesh = make_mesh(args.devices)
   measured = calibrated(mesh, Path(args.out).stem, args.repeats)

@@ -10,7 +10,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import numpy as np
 from synthetic_step import LARGE, Run, Setting, draw, problem_of, times_of
 
-from recjax import planner, step_cost, topology
+from recjax.planner import solve as solve_lib
+from recjax.planner import step_cost, topology
 
 # Whole steps that the rates are refined by: none that bench_choice.py runs.
 _TABLES = (400_000, 90_000, 40_000, 9_000, 2_000, 500, 100, 20)
@@ -67,7 +68,7 @@ def timed_steps(mesh, t: topology.Topology) -> list[Timed]:
     rows, stored = problem.spectrum.rows, problem.work.stored
     runs, loads = [], []
     for hot, warm, sync in CUTS:
-      plan = planner.solve(
+      plan = solve_lib.solve(
         problem,
         hosts=1,
         device_bytes=2 * rows * stored,
@@ -94,7 +95,7 @@ def timed_steps(mesh, t: topology.Topology) -> list[Timed]:
 def refined(t: topology.Topology, steps: list[Timed]) -> topology.Topology:
   """Rates that whole train steps show, near those of single operations.
 
-  The model of a step (step_cost.py) is a sum of terms, each as long as one
+  The model of a step (planner/step_cost.py) is a sum of terms, each as long as one
   rate says. The factors f of the rates minimise the squares of the relative
   errors of measured steps, plus `_TRUST` (f - 1)^2 each: a step's operations
   run in another neighbourhood than alone.

@@ -17,23 +17,17 @@ import numpy as np
 import optax
 
 from recjax import config as config_lib
-from recjax import (
-  cost,
-  models,
-  planner,
-  positions,
-  sparse_optim,
-  spectrum,
-  step_cost,
-  tables,
-  topology,
-  train_step,
-)
-from recjax.cuts import Problem
+from recjax.embedding import optimizers, tables
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, replicated
-from recjax.plan import Plan
-from recjax.specs import Feature
+from recjax.models import dlrm
+from recjax.plan import positions
+from recjax.plan.plan import Plan
+from recjax.planner import formulas, frequency_buckets, step_cost, topology
+from recjax.planner import solve as solve_lib
+from recjax.planner.cut_points import Problem
+from recjax.schema import Feature
+from recjax.training import step as step_lib
 
 DENSE = 13  # numeric inputs
 SMALL, LARGE = ((64, 32), (64, 32)), ((512, 256, 64), (512, 256))
@@ -82,18 +76,18 @@ def problem_of(setting: Setting, t: topology.Topology, devices: int) -> Problem:
   """Of a mesh whose network is as fast as its links."""
   names = [f.name for f in setting.features]
   hotness = [f.hotness for f in setting.features]
-  named = map(spectrum.Table, names, setting.tables, hotness)
+  named = map(frequency_buckets.Table, names, setting.tables, hotness)
   bottom, top = setting.layers
   if setting.node_devices:
     t = dataclasses.replace(t, node_devices=setting.node_devices)
-  return planner.make_problem(
-    spectrum.power_law(tuple(named), setting.exponent),
+  return solve_lib.make_problem(
+    frequency_buckets.power_law(tuple(named), setting.exponent),
     devices=devices,
     batch_size=setting.batch,
     lookups=sum(hotness),
     dim=setting.dim,
     dtype="float32",
-    slot_bytes=sparse_optim.slot_bytes(setting.optimizer, setting.dim),
+    slot_bytes=optimizers.slot_bytes(setting.optimizer, setting.dim),
     topology=t,
     exchange_dtype=setting.wire,
     dense=step_cost.dense_model(
@@ -114,7 +108,8 @@ def draw(setting: Setting, mesh, count: int) -> Drawn:
   p = [np.arange(1, r + 1.0) ** -setting.exponent for r in setting.tables]
   p = [x / x.sum() for x in p]
   touched = [
-    cost.bag_probability(x, f.hotness) for x, f in zip(p, features, strict=True)
+    formulas.bag_probability(x, f.hotness)
+    for x, f in zip(p, features, strict=True)
   ]
   order = np.argsort(-np.concatenate(touched), kind="stable")
   rank = np.empty(len(order), np.int32)
@@ -146,23 +141,23 @@ class Run:
   def __init__(self, setting: Setting, plan: Plan, mesh):
     self.plan, self.mesh = plan, mesh
     bottom, top = setting.layers
-    self.params, apply = models.build(
+    self.params, apply = dlrm.build(
       config_lib.Model(bottom=bottom, top=top),
       DENSE,
       len(setting.features),
       setting.dim,
       0,
     )
-    self.model = train_step.Model(
+    self.model = step_lib.Model(
       apply=apply,
       features=setting.features,
       dense_optimizer=optax.adagrad(0.01, 0.0, 1e-8),
-      sparse_optimizer=sparse_optim.OPTIMIZERS[setting.optimizer](0.01),
+      sparse_optimizer=optimizers.OPTIMIZERS[setting.optimizer](0.01),
       plan=plan,
       exchange_dtype=jnp.dtype(setting.wire),
       seed=0,
     )
-    lowered, _ = train_step.lower(self.model, mesh, self.params, DENSE)
+    lowered, _ = step_lib.lower(self.model, mesh, self.params, DENSE)
     self.step = lowered.compile()
     self.seconds, self.rounds = [], 0
 
@@ -172,7 +167,7 @@ class Run:
     rows = tables.init(
       self.plan, self.model.sparse_optimizer, self.mesh, 0.05, 0
     )
-    return train_step.TrainState(
+    return step_lib.TrainState(
       *jax.device_put(dense, replicated(self.mesh)), rows
     )
 

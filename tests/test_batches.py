@@ -8,10 +8,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recjax import batches, blocks, prepare
+from recjax.data import batches, blocks, prepare
 from recjax.errors import UserError
 from recjax.frequency import Profile
-from recjax.specs import Feature, Schema
+from recjax.schema import Feature, Schema
 
 BLOCK = 16
 TRAIN, TEST = 250, 101  # the last block of each is not full

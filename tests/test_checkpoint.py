@@ -12,16 +12,19 @@ import numpy as np
 import optax
 import pytest
 
-from recjax import checkpoint, positions, sparse_optim, tables, train_step
-from recjax.checkpoint import Identity
+from recjax.embedding import optimizers, tables
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, make_mesh, replicated
-from recjax.plan import Plan
-from recjax.specs import Feature
+from recjax.plan import positions
+from recjax.plan.plan import Plan
+from recjax.schema import Feature
+from recjax.training import checkpoint
+from recjax.training import step as step_lib
+from recjax.training.checkpoint import Identity
 
 ROWS, DIM, BATCH, DENSE = 50_003, 8, 16, 3
 FEATURES = (Feature("a", "t"), Feature("b", "t"), Feature("c", "t"))
-OPTIMIZER = sparse_optim.adam(0.05)
+OPTIMIZER = optimizers.adam(0.05)
 IDENTITY = Identity(
   {"model.name": "dlrm", "embedding.dim": DIM, "model.top": [4]},
   "0123456789abcdef" * 4,
@@ -69,7 +72,7 @@ def apply(params, dense, activations):
 @functools.cache
 def model_of(name):
   plan = make_plan(name)
-  model = train_step.Model(
+  model = step_lib.Model(
     apply=apply,
     features=FEATURES,
     dense_optimizer=optax.adam(0.01),
@@ -90,7 +93,7 @@ def fresh(name, seed=7):
   dense = (params, model.dense_optimizer.init(params), np.int32(0))
   params, opt_state, step = jax.device_put(dense, replicated(mesh))
   t = tables.init(model.plan, OPTIMIZER, mesh, scale=0.5, seed=seed)
-  return train_step.TrainState(step, params, opt_state, t)
+  return step_lib.TrainState(step, params, opt_state, t)
 
 
 def batch_of(step, mesh):
@@ -105,7 +108,7 @@ def batch_of(step, mesh):
 
 @functools.cache
 def compiled(name):
-  return train_step.make_train_step(*model_of(name)), checkpoint.make_checksums(
+  return step_lib.make_train_step(*model_of(name)), checkpoint.make_checksums(
     *model_of(name)
   )
 
@@ -179,7 +182,7 @@ def test_restores_onto_any_mesh_and_plan_bit_for_bit(name, saved):
   state = restore(directory, name)
   assert_same(in_rank_order(state, name), want[SAVED])
   model, mesh = model_of(name)
-  placed = train_step.state_shardings(model, mesh)
+  placed = step_lib.state_shardings(model, mesh)
   assert jax.tree.map(lambda x: x.sharding, state.tables) == placed.tables
   for x in jax.tree.leaves((state.step, state.params, state.opt_state)):
     assert x.sharding.is_fully_replicated
@@ -294,15 +297,15 @@ directory = pathlib.Path(sys.argv[2])
 def state_of(devices, hot, warm_end):
   plan = Plan(devices, 8, rows, dim, "float32", hot, warm_end, 1, 1)
   mesh = make_mesh(devices)
-  optimizer = sparse_optim.sgd(0.1)
-  model = train_step.Model(
+  optimizer = optimizers.sgd(0.1)
+  model = step_lib.Model(
     None, (), optax.sgd(0.1), optimizer, plan, np.float32, 0
   )
   zero = jax.device_put(np.int32(0), replicated(mesh))
   w = {"w": jax.device_put(np.ones(3, np.float32), replicated(mesh))}
   t = tables.init(plan, optimizer, mesh, 0.5, 0)
   opt_state = model.dense_optimizer.init(w)
-  return model, mesh, train_step.TrainState(zero, w, opt_state, t)
+  return model, mesh, step_lib.TrainState(zero, w, opt_state, t)
 
 def most():
   # Not ru_maxrss, which a child inherits.

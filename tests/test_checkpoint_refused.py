@@ -18,8 +18,8 @@ from test_checkpoint import (
   saved,
 )
 
-from recjax import checkpoint
 from recjax.errors import UserError
+from recjax.training import checkpoint
 
 __all__ = ["saved"]  # the fixture
 

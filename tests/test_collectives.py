@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from recjax import collectives, planner, sparse_optim, spectrum
-from recjax import train_step as train_step_lib
-from recjax.collectives import Collective
+from recjax.embedding import optimizers
 from recjax.mesh import make_mesh
-from recjax.specs import Feature
-from recjax.spectrum import Table
+from recjax.planner import compiled_collectives, frequency_buckets
+from recjax.planner import solve as solve_lib
+from recjax.planner.compiled_collectives import Collective
+from recjax.planner.frequency_buckets import Table
+from recjax.schema import Feature
+from recjax.training import step as train_step_lib
 
 DIM, LOCAL = 8, 64
 TABLES = (Table("a", 3_000), Table("b", 500), Table("c", 9_000))
@@ -22,8 +24,8 @@ FEATURES = tuple(Feature(t.name, t.name) for t in TABLES)
 
 
 def planned(devices, hot_sync, exchange_dtype):
-  return planner.plan(
-    spectrum.power_law(TABLES, 1.1),
+  return solve_lib.plan(
+    frequency_buckets.power_law(TABLES, 1.1),
     devices=devices,
     batch_size=devices * LOCAL,
     lookups=len(TABLES),
@@ -47,7 +49,7 @@ def compiled(plan, exchange_dtype) -> list[Collective]:
     apply=lambda params, dense, x: jnp.einsum("bad,d->b", x, params["w"]),
     features=FEATURES,
     dense_optimizer=optax.sgd(0.1),
-    sparse_optimizer=sparse_optim.adagrad(0.1),
+    sparse_optimizer=optimizers.adagrad(0.1),
     plan=plan,
     exchange_dtype=jnp.dtype(exchange_dtype),
     seed=0,
@@ -55,7 +57,7 @@ def compiled(plan, exchange_dtype) -> list[Collective]:
   params = {"w": jnp.zeros(DIM)}
   lowered, _ = train_step_lib.lower(model, mesh, params, 1)
   text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
-  return collectives.of_step(text, plan.devices)
+  return compiled_collectives.of_step(text, plan.devices)
 
 
 def check(devices, hot_sync="dense", exchange_dtype="float32"):
@@ -138,12 +140,14 @@ def line(result, kind, attributes):
   ],
 )
 def test_groups(attributes, groups):
-  (c,) = collectives.of_step(line("f32[4]{0}", "all-to-all", attributes), 4)
+  (c,) = compiled_collectives.of_step(
+    line("f32[4]{0}", "all-to-all", attributes), 4
+  )
   assert c.groups == groups
 
 
 def test_bytes_by_hand():
-  of = lambda *x: collectives.of_step(line(*x), 4)[0]
+  of = lambda *x: compiled_collectives.of_step(line(*x), 4)[0]
   pairs = "replica_groups={{0,1},{2,3}}"
   c = of("(f32[1,8]{1,0}, f32[1,8]{1,0})", "all-to-all", pairs)
   assert (c.operand_bytes, c.sent(4), c.sent(4, 2)) == (64, 32, 0)
@@ -165,4 +169,4 @@ def test_bytes_by_hand():
 
 def test_asynchronous_collectives_are_refused():
   with pytest.raises(ValueError, match="asynchronous"):
-    collectives.of_step(line("f32[4]", "all-gather-start", ""), 4)
+    compiled_collectives.of_step(line("f32[4]", "all-gather-start", ""), 4)

@@ -21,10 +21,11 @@ from test_train_step import (
   make_plan,
 )
 
-from recjax import collectives, step_cost, train_step
-from recjax.cuts import FLAT
 from recjax.mesh import batch_sharding
-from recjax.step_cost import Load, Work
+from recjax.planner import compiled_collectives, step_cost
+from recjax.planner.cut_points import FLAT
+from recjax.planner.step_cost import Load, Work
+from recjax.training import step as step_lib
 
 
 def big_plan(rows, tiers, devices=8, nodes=(0, FLAT)):
@@ -46,7 +47,7 @@ def compiled_step(plan, optimizer):
   small = make_plan(8, "hot", 1, nodes=(plan.node_devices, FLAT))
   small, mesh, state = build(FEATURES["one_hot"], small, optimizer)
   model = small._replace(plan=plan)
-  lowered, shapes = train_step.lower(model, mesh, state.params, DENSE)
+  lowered, shapes = step_lib.lower(model, mesh, state.params, DENSE)
   step, t = lowered.compile(), shapes.tables
   shard = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
   return step, sum(map(shard, jax.tree.leaves(t)))
@@ -81,7 +82,7 @@ def test_bfloat16_exchange_sends_two_bytes(nodes):
   batch = jax.device_put(
     next(batches(FEATURES["one_hot"])), batch_sharding(mesh)
   )
-  step = train_step.make_train_step(model, mesh)
+  step = step_lib.make_train_step(model, mesh)
   text = step.lower(state, batch).compile().as_text()
   of = re.findall(r"= \(?(\w+)\[.*? (all-to-all|all-gather)\(", text)
   assert {("u16", "all-to-all"), ("u16", "all-gather")} <= set(of)
@@ -104,7 +105,7 @@ def test_buffers_on_the_wire_are_those_of_the_plan(g, way):
   step = compiled_step(plan, "sgd")[0].as_text()
   exchanged = [
     c
-    for c in collectives.of_step(step, 8)
+    for c in compiled_collectives.of_step(step, 8)
     if c.kind != "all-reduce" and not c.repeated
   ]
   found = [(c.kind, c.operand_bytes, c.groups[0]) for c in exchanged]

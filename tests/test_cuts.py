@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, sparse
 
-from recjax import bounds, cuts, presets, spectrum
-from recjax.spectrum import Spectrum, Table
-from recjax.step_cost import Load, Work
+from recjax.planner import cut_points, frequency_buckets, lower_bound, presets
+from recjax.planner.frequency_buckets import Spectrum, Table
+from recjax.planner.step_cost import Load, Work
 
 DENSE = ("dense",)
 
@@ -56,7 +56,7 @@ def problems(draw):
     train=draw(st.booleans()),
   )
   objective = draw(st.sampled_from(["time", "bytes"]))
-  problem = cuts.Problem(spectrum_of(p), work, t, None, objective)
+  problem = cut_points.Problem(spectrum_of(p), work, t, None, objective)
   fit = draw(st.integers(0, 9))
   return problem, fit, draw(st.integers(0, 9)) * devices
 
@@ -86,7 +86,7 @@ def costs_of_all(problem, fit, host_rows, far=None) -> np.ndarray:
 def test_no_placement_is_cheaper(case):
   problem, fit, host_rows = case
   costs = costs_of_all(problem, fit, host_rows)
-  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, host_rows, syncs=DENSE)
   assert (found is None) == (len(costs) == 0)
   if found is not None:
     got = float(problem.cost_of_cuts(*found))
@@ -100,7 +100,7 @@ def test_with_padded_buffers_within_a_row(case, chance):
   problem, fit, host_rows = case
   problem = dataclasses.replace(problem, overflow_probability=chance)
   costs = costs_of_all(problem, fit, host_rows)
-  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, host_rows, syncs=DENSE)
   assert (found is None) == (len(costs) == 0)
   if found is not None:
     n = problem.work.devices
@@ -123,12 +123,13 @@ def test_no_cuts_are_cheaper_where_touched_rows_are_exchanged(case):
     for h, e in every
     if h + -(-(e - h) // n) <= fit and -(-(rows - e) // n) * n <= host_rows
   ]
-  found = cuts.best_cuts(problem, fit, host_rows)
+  found = cut_points.best_cuts(problem, fit, host_rows)
   assert (found is None) == (not fits)
   if found is not None:
     hot, end = np.array(fits).T
     least = min(
-      problem.cost_of_cuts(hot, end, sync).min() for sync in cuts.HOT_SYNCS
+      problem.cost_of_cuts(hot, end, sync).min()
+      for sync in cut_points.HOT_SYNCS
     )
     got = float(problem.cost_of_cuts(*found))
     assert got == pytest.approx(least, rel=1e-9)
@@ -159,7 +160,7 @@ def node_problems(draw):
     node_devices=g,
   )
   objective = draw(st.sampled_from(["time", "bytes"]))
-  problem = cuts.Problem(spectrum_of(p), work, t, None, objective)
+  problem = cut_points.Problem(spectrum_of(p), work, t, None, objective)
   return problem, draw(st.integers(0, 8)), draw(st.integers(0, 8)) * devices
 
 
@@ -180,14 +181,14 @@ def slow_network():
   )
   work = work_of(4, 1, node_devices=2)
   s = spectrum_of([0.6, 0.5, 0.3, 0.2, 0.1])
-  return cuts.Problem(s, work, t, None), 3, 4
+  return cut_points.Problem(s, work, t, None), 3, 4
 
 
 def test_rare_rows_need_no_copies():
   """Neither all that fit nor none: what the network or the hosts ask for."""
   for exchange, end in (("flat", 4), ("two_stage", 1)):
-    way = cuts.Transport(exchange, "node")
-    assert cuts.best_cuts(*slow_network(), ways=(way,))[:2] == (0, end)
+    way = cut_points.Transport(exchange, "node")
+    assert cut_points.best_cuts(*slow_network(), ways=(way,))[:2] == (0, end)
 
 
 @settings(max_examples=400, deadline=None)
@@ -198,7 +199,7 @@ def test_no_cuts_are_cheaper_with_any_transport(case):
   n, rows = problem.work.devices, problem.spectrum.rows
   every = [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
   least = {}
-  for way in cuts.TRANSPORTS:
+  for way in cut_points.TRANSPORTS:
     owners = way.warm_owners(problem.work)
     fits = [
       (h, e)
@@ -206,17 +207,18 @@ def test_no_cuts_are_cheaper_with_any_transport(case):
       if h + -(-(e - h) // owners) <= fit
       and -(-(rows - e) // n) * n <= host_rows
     ]
-    found = cuts.best_cuts(problem, fit, host_rows, ways=(way,))
+    found = cut_points.best_cuts(problem, fit, host_rows, ways=(way,))
     assert (found is None) == (not fits)
     if found is None:
       continue
     hot, end = np.array(fits).T
     least[way] = min(
-      problem.cost_of_cuts(hot, end, sync, way).min() for sync in cuts.HOT_SYNCS
+      problem.cost_of_cuts(hot, end, sync, way).min()
+      for sync in cut_points.HOT_SYNCS
     )
     got = float(problem.cost_of_cuts(*found))
     assert got == pytest.approx(least[way], rel=1e-9)
-  best = cuts.best_cuts(problem, fit, host_rows)
+  best = cut_points.best_cuts(problem, fit, host_rows)
   assert (best is None) == (not least)
   if best is not None:
     got = float(problem.cost_of_cuts(*best))
@@ -224,12 +226,14 @@ def test_no_cuts_are_cheaper_with_any_transport(case):
 
 
 @settings(max_examples=20, deadline=None)
-@given(node_problems(), st.sampled_from(cuts.TRANSPORTS))
+@given(node_problems(), st.sampled_from(cut_points.TRANSPORTS))
 def test_the_bound_holds_with_any_transport(case, way):
   problem, fit, host_rows = case
-  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE, ways=(way,))
+  found = cut_points.best_cuts(
+    problem, fit, host_rows, syncs=DENSE, ways=(way,)
+  )
   if found is not None:
-    bound = bounds.lower_bound(problem, fit, host_rows, way)
+    bound = lower_bound.lower_bound(problem, fit, host_rows, way)
     got = float(problem.cost_of_cuts(*found))
     tiny = 1e-12 if problem.objective == "time" else 1e-6  # 1e-9 rows
     assert bound <= got * (1 + 1e-6) + tiny
@@ -240,7 +244,7 @@ def test_the_bound_holds_with_any_transport(case, way):
 def test_no_placement_is_cheaper_in_two_stages(case):
   """Row by row, as with all devices asking the owners."""
   problem, fit, host_rows = case
-  way, work = cuts.Transport("two_stage"), problem.work
+  way, work = cut_points.Transport("two_stage"), problem.work
   g = work.devices // work.nodes
   pi = problem.spectrum.touched(g * work.local)
 
@@ -248,7 +252,9 @@ def test_no_placement_is_cheaper_in_two_stages(case):
     return np.where(there.any(1), np.maximum(there @ pi, 1e-9), 0) / g
 
   costs = costs_of_all(problem, fit, host_rows, far)
-  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE, ways=(way,))
+  found = cut_points.best_cuts(
+    problem, fit, host_rows, syncs=DENSE, ways=(way,)
+  )
   assert (found is None) == (len(costs) == 0)
   if found is not None:
     got = float(problem.cost_of_cuts(*found))
@@ -298,9 +304,9 @@ def by_linear_program(problem, fit, host_rows) -> float:
 @given(problems())
 def test_the_bound_is_that_of_a_linear_program(case):
   problem, fit, host_rows = case
-  found = cuts.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, host_rows, syncs=DENSE)
   if found is not None:
-    bound = bounds.lower_bound(problem, fit, host_rows)
+    bound = lower_bound.lower_bound(problem, fit, host_rows)
     program = by_linear_program(problem, fit, host_rows)
     assert bound == pytest.approx(program, rel=1e-5)
     # The price of memory is bisected, so the bound is good to some 1e-7.
@@ -313,14 +319,14 @@ def test_the_bound_is_that_of_a_linear_program(case):
 def test_near_the_lower_bound(exponent, devices):
   """A small form of scripts/bench_plan.py."""
   tables = tuple(Table(f"t{i}", 10**i) for i in range(1, 7))
-  s = spectrum.power_law(tables, exponent)
+  s = frequency_buckets.power_law(tables, exponent)
   work = work_of(devices, 1_024, lookups=6)
   t = presets.get("dgx_h200", devices)
-  problem = cuts.Problem(s, work, t, None)
+  problem = cut_points.Problem(s, work, t, None)
   fit = s.rows // 4 // devices + 1_000
-  found = cuts.best_cuts(problem, fit, 2 * s.rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, 2 * s.rows, syncs=DENSE)
   got = float(problem.cost_of_cuts(*found))
-  assert got <= 1.001 * bounds.lower_bound(problem, fit, 2 * s.rows)
+  assert got <= 1.001 * lower_bound.lower_bound(problem, fit, 2 * s.rows)
 
 
 @settings(max_examples=150, deadline=None)
@@ -340,7 +346,7 @@ def test_groups_share_the_memory(one, other, devices, room):
     tier_latency=0.0,
   )
   problems = [
-    cuts.Problem(spectrum_of(p), w, t, None)
+    cut_points.Problem(spectrum_of(p), w, t, None)
     for p, w in (
       (one, work_of(devices, lookups=7)),
       (
@@ -350,7 +356,7 @@ def test_groups_share_the_memory(one, other, devices, room):
     )
   ]
   budget, hosts = room * 36, 1 << 30
-  found = cuts.plan_groups(problems, budget, hosts)
+  found = cut_points.plan_groups(problems, budget, hosts)
   every = []  # (cost, bytes) of all cuts of each group
   for p in problems:
     rows = p.spectrum.rows
@@ -358,7 +364,9 @@ def test_groups_share_the_memory(one, other, devices, room):
       [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
     ).T
     held = (hot + -(-(end - hot) // devices)) * p.work.stored
-    least = np.minimum(*(p.cost_of_cuts(hot, end, y) for y in cuts.HOT_SYNCS))
+    least = np.minimum(
+      *(p.cost_of_cuts(hot, end, y) for y in cut_points.HOT_SYNCS)
+    )
     every.append((least, held))
   total = every[0][0][:, None] + every[1][0][None]
   fits = every[0][1][:, None] + every[1][1][None] <= budget

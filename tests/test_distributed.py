@@ -13,9 +13,10 @@ import pytest
 from test_train import lines, quiet
 
 from recjax import config as config_lib
-from recjax import distributed, train
+from recjax import distributed
 from recjax import mesh as mesh_lib
 from recjax.errors import UserError
+from recjax.training import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY = 120, 20  # of training; between checkpoints

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from recjax import exchange
-from recjax.cuts import TRANSPORTS
-from recjax.exchange import NONE
+from recjax.embedding import exchange
+from recjax.embedding.exchange import NONE
 from recjax.mesh import AXIS, batch_sharding, make_mesh
-from recjax.plan import Plan
+from recjax.plan.plan import Plan
+from recjax.planner.cut_points import TRANSPORTS
 
 ROWS, DIM = 97, 2
 SAMPLES, COLUMNS = 4, 3  # of a device

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recjax import formats, parsing
 from recjax.config import Data
+from recjax.data import criteo, text
+from recjax.data import text as text_lib
+from recjax.data.text import BadRows
 from recjax.errors import UserError
-from recjax.parsing import BadRows
 
 GOOD = b"1\t" + b"\t".join(b"%d" % i for i in range(13))
 GOOD += b"\t" + b"\t".join(b"c%d" % i for i in range(26)) + b"\n"
@@ -27,10 +28,10 @@ def field(line: bytes, index: int, text: bytes) -> bytes:
 def read(path, data=None, limit=0):
   """All chunks of a file as (label, dense, bags of (id, weight)), and bad."""
   data = data or Data()
-  schema = formats.schema(data)
+  schema = criteo.schema(data)
   bad = BadRows(limit)
   label, dense, bags = [], [], []
-  for c in formats.chunks(data, schema, (str(path),), bad):
+  for c in criteo.chunks(data, schema, (str(path),), bad):
     label += c.label.tolist()
     dense += c.dense.tolist()
     values = c.values.to_pylist()
@@ -114,7 +115,7 @@ def test_bags_and_weights(tmp_path):
 @pytest.mark.parametrize("hotness", [(1, 2), (0,) * 26])
 def test_hotness_must_fit(hotness):
   with pytest.raises(UserError, match=r"data\.hotness .* 26 numbers"):
-    formats.schema(Data(hotness=hotness))
+    criteo.schema(Data(hotness=hotness))
 
 
 DAMAGED = {
@@ -168,7 +169,7 @@ def test_damaged_lines_are_skipped_up_to_the_limit(tmp_path, lines):
 
 
 def test_line_numbers_hold_in_every_block(tmp_path, monkeypatch):
-  monkeypatch.setattr(parsing, "CHUNK_BYTES", 1_000)  # a few lines
+  monkeypatch.setattr(text_lib, "CHUNK_BYTES", 1_000)  # a few lines
   text = GOOD * 57 + field(GOOD, 3, b"x") + GOOD * 40 + b"\n" + GOOD
   path = tmp_path / "log.tsv.gz"
   path.write_bytes(gzip.compress(text))
@@ -178,7 +179,7 @@ def test_line_numbers_hold_in_every_block(tmp_path, monkeypatch):
 
 
 def test_an_endless_line_is_an_error(tmp_path, monkeypatch):
-  monkeypatch.setattr(parsing, "CHUNK_BYTES", 1_000)
+  monkeypatch.setattr(text_lib, "CHUNK_BYTES", 1_000)
   path = tmp_path / "log.bin"
   path.write_bytes(GOOD + b"x" * 5_000)
   with pytest.raises(UserError, match=r"longer than 1,000 bytes"):
@@ -217,7 +218,7 @@ def test_an_empty_gz_is_an_error(tmp_path):
 def test_files_are_found_in_natural_order(tmp_path):
   for i in (10, 2, 1):
     (tmp_path / f"day_{i}").write_bytes(GOOD)
-  found = parsing.find(str(tmp_path / "day_*"), "data.train")
+  found = text.find(str(tmp_path / "day_*"), "data.train")
   assert [os.path.basename(p) for p in found] == ["day_1", "day_2", "day_10"]
 
 
@@ -231,4 +232,4 @@ def test_files_that_cannot_be_found(tmp_path):
     (tmp_path, r"data\.test: .* is not a file"),
   ):
     with pytest.raises(UserError, match=message):
-      parsing.find(str(pattern), "data.test")
+      text.find(str(pattern), "data.test")

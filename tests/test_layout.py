@@ -1,33 +1,38 @@
-"""The layout: what a module may import, and how long a file may be."""
+"""The layout: what a room may import, and how long files and functions are."""
 
 import ast
+import functools
 import pathlib
-import re
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The modules in BUILD.md's tree; each imports only from those above it.
-ORDER = re.findall(
-  r"^  (\w+)\.py ",
-  (ROOT / "BUILD.md").read_text().partition("\nrecjax/\n")[2],
-  re.MULTILINE,
-)
-# Makes and reads data and plans where there is no accelerator and no JAX.
-NO_JAX = ORDER[: ORDER.index("planner") + 1]
+PACKAGE = ROOT / "recjax"
+# Each room imports from the root modules and from the rooms before it.
+ROOMS = ("plan", "data", "models", "planner", "embedding", "training")
+# Make and read data and plans where there is no accelerator and no JAX.
+NO_JAX = ("plan", "data", "planner")
 # Grain imports JAX itself, where JAX is installed.
-IMPORTS_GRAIN = {"batches"}
-FILES = sorted(
-  p
-  for folder in ("recjax", "configs", "scripts", "tests", ".")
-  for p in (ROOT / folder).glob("*.py")
-)
+IMPORTS_GRAIN = {"recjax.data.batches"}
+FOLDERS = ("recjax", "configs", "scripts", "tests")
+FILES = sorted(p for name in FOLDERS for p in (ROOT / name).rglob("*.py"))
+FILES.append(ROOT / "main.py")
 
 
-def imports(path) -> set[str]:
-  """Every module that a file imports, anywhere in it, as dotted names."""
+def dotted(path: pathlib.Path) -> str:
+  """recjax/plan/plan.py -> recjax.plan.plan."""
+  parts = path.relative_to(ROOT).with_suffix("").parts
+  return ".".join(p for p in parts if p != "__init__")
+
+
+MODULES = {dotted(p): p for p in PACKAGE.rglob("*.py")}
+
+
+@functools.cache
+def imports(path) -> frozenset[str]:
+  """Every module and name that a file imports, anywhere in it."""
   found = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):
@@ -35,42 +40,69 @@ def imports(path) -> set[str]:
     elif isinstance(node, ast.ImportFrom):
       assert node.level == 0, f"{path.name}: relative import"
       found |= {f"{node.module}.{alias.name}" for alias in node.names}
+  return frozenset(found)
+
+
+def own_imports(module: str) -> set[str]:
+  """The modules of recjax that a module imports."""
+  found = set()
+  for name in imports(MODULES[module]):
+    while name not in MODULES and "." in name:
+      name = name.rpartition(".")[0]
+    if name in MODULES and name != "recjax":
+      found.add(name)
   return found
 
 
-def test_every_module_has_its_place():
-  names = {p.stem for p in ROOT.glob("recjax/*.py")} - {"__init__"}
-  assert sorted(names) == sorted(ORDER)
+def room(module: str) -> int:
+  """A module's room, counted from 1; 0 for the root modules."""
+  _, *rest = module.split(".")
+  return 1 + ROOMS.index(rest[0]) if rest[0] in ROOMS else 0
 
 
-@pytest.mark.parametrize("name", ORDER)
-def test_a_module_imports_only_from_those_above_it(name):
-  above = ORDER[: ORDER.index(name)]
-  for imported in imports(ROOT / "recjax" / f"{name}.py"):
-    package, *rest = imported.split(".")
-    if package == "recjax":
-      assert rest[0] in above
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {"recjax"}))
+def test_a_module_imports_only_from_its_room_and_those_before(module):
+  for imported in own_imports(module):
+    assert room(imported) <= room(module)
+    if module.startswith("recjax.embedding"):
+      assert not imported.startswith("recjax.planner")
+
+
+@functools.cache
+def depth(module: str, above: tuple[str, ...] = ()) -> int:
+  """Levels of the longest chain of imports that ends in the module."""
+  assert module not in above, f"a circle of imports: {above}"
+  below = (depth(m, (*above, module)) for m in own_imports(module))
+  return 1 + max(below, default=0)
+
+
+def test_imports_make_no_circle():
+  for module in MODULES:
+    depth(module)
 
 
 def test_data_and_plans_need_no_jax():
-  for name in NO_JAX:
-    for imported in imports(ROOT / "recjax" / f"{name}.py"):
+  alone = []
+  for module, path in MODULES.items():
+    if module.removeprefix("recjax.").split(".")[0] not in NO_JAX:
+      continue
+    for imported in imports(path):
       assert imported.split(".")[0] not in ("jax", "flax", "optax", "orbax")
-  alone = [name for name in NO_JAX if name not in IMPORTS_GRAIN]
-  names = ", ".join(f"recjax.{name}" for name in alone)
-  code = f"import sys, {names}; print('jax' in sys.modules)"
+    if module not in IMPORTS_GRAIN:
+      alone.append(module)
+  code = f"import sys, {', '.join(alone)}; print('jax' in sys.modules)"
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
   )
   assert (done.stdout, done.returncode) == ("False\n", 0), done.stderr
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_a_file_is_short(path):
   assert len(path.read_text().splitlines()) <= 400
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", FILES, ids=dotted)
 def test_a_file_never_unpickles(path):
   for imported in imports(path):
     assert imported.split(".")[0] not in {

@@ -20,17 +20,17 @@ from test_exchange import (
   rounds_of,
 )
 
-from recjax import lookup, sparse_optim, tables
+from recjax.embedding import lookup, optimizers, tables
+from recjax.embedding.tables import Tier
 from recjax.mesh import AXIS, batch_sharding, make_mesh
-from recjax.specs import Feature
-from recjax.tables import Tier
+from recjax.schema import Feature
 
 B = 3
 FEATURES = (
   Feature("a", "t", hotness=2, pooling="none"),
   Feature("b", "t"),
 )
-SGD = sparse_optim.sgd(0.1)
+SGD = optimizers.sgd(0.1)
 NODE_LOOKUPS = (
   "two_stage_one_row",
   "two_stage_tight_between",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from recjax.metrics import Metrics, MetricsWriter
+from recjax.training.metrics import Metrics, MetricsWriter
 
 LOGITS = st.one_of(
   st.sampled_from([-1.5, -0.0, 0.0, 1e-30, -1e-30, 1.0, 1.0000001]),

@@ -5,8 +5,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, PartitionSpec
 
-from recjax import config, models
+from recjax import config
 from recjax.errors import UserError
+from recjax.models import dlrm
 
 B, A, DIM = 6, 5, 4
 
@@ -75,7 +76,7 @@ def double(tree):
 @both
 @dense_or_not
 def test_logits_equal_numpy(name, dense_inputs):
-  params, apply = models.build(small(name), dense_inputs, A, DIM, seed=1)
+  params, apply = dlrm.build(small(name), dense_inputs, A, DIM, seed=1)
   dense, activations = inputs(dense_inputs)
   logits = jax.jit(apply)(params, dense, activations)
   assert logits.shape == (B,) and logits.dtype == jnp.float32
@@ -86,7 +87,7 @@ def test_logits_equal_numpy(name, dense_inputs):
 @both
 @dense_or_not
 def test_gradients_equal_finite_differences(name, dense_inputs):
-  params, apply = models.build(small(name), dense_inputs, A, DIM, seed=2)
+  params, apply = dlrm.build(small(name), dense_inputs, A, DIM, seed=2)
   dense, activations = inputs(dense_inputs, seed=2)
   weights = np.linspace(-1, 1, B)
 
@@ -123,7 +124,7 @@ def test_interaction_gradient_equals_autodiff():
   def plain(v):
     return jnp.einsum("bid,bjd->bij", v, v)[:, i, j]
 
-  for f in (models.dot_interaction, jax.jit(models.dot_interaction)):
+  for f in (dlrm.dot_interaction, jax.jit(dlrm.dot_interaction)):
     out, vjp = jax.vjp(f, vectors)
     expected, expected_vjp = jax.vjp(plain, vectors)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
@@ -135,8 +136,8 @@ def test_interaction_gradient_equals_autodiff():
 @both
 def test_bfloat16_is_close_to_float32(name):
   dense, activations = inputs(3)
-  params, apply = models.build(small(name), 3, A, DIM, seed=4)
-  _, apply16 = models.build(
+  params, apply = dlrm.build(small(name), 3, A, DIM, seed=4)
+  _, apply16 = dlrm.build(
     small(name, compute_dtype="bfloat16"), 3, A, DIM, seed=4
   )
 
@@ -159,7 +160,7 @@ def test_bfloat16_is_close_to_float32(name):
 
 
 def test_kaggle_parameters():
-  params, _ = models.build(config.Model(), 13, 26, 16, seed=0)
+  params, _ = dlrm.build(config.Model(), 13, 26, 16, seed=0)
   # (13+1)512 + (512+1)256 + (256+1)64 + (64+1)16, then 16 + 27*26/2 inputs:
   # (367+1)512 + (512+1)256 + (256+1)
   assert sum(x.size for x in jax.tree.leaves(params)) == 475_985
@@ -174,7 +175,7 @@ def test_kaggle_parameters():
 @both
 def test_seed_decides_the_parameters(name):
   def leaves(seed):
-    return jax.tree.leaves(models.build(small(name), 3, A, DIM, seed)[0])
+    return jax.tree.leaves(dlrm.build(small(name), 3, A, DIM, seed)[0])
 
   one, again, other = leaves(0), leaves(0), leaves(1)
   for x, y, z in zip(one, again, other, strict=True):
@@ -189,7 +190,7 @@ def test_gradients_inside_shard_map(name, check_vma):
   mesh = jax.make_mesh(
     (n,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:n]
   )
-  params, apply = models.build(small(name), 3, A, DIM, seed=5)
+  params, apply = dlrm.build(small(name), 3, A, DIM, seed=5)
   dense, activations = inputs(3)
 
   def loss(params, dense, activations):
@@ -218,4 +219,4 @@ def test_gradients_inside_shard_map(name, check_vma):
 
 def test_nothing_to_interact_is_an_error():
   with pytest.raises(UserError, match=r"model.name: 'dlrm'.*has 1;.*dcnv2"):
-    models.build(small("dlrm"), 0, 1, DIM, seed=0)
+    dlrm.build(small("dlrm"), 0, 1, DIM, seed=0)

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from test_prepare import REAL, arrays, config, needs_real_data, quiet
 
-from recjax import blocks, movielens, prepare, vocabulary
+from recjax.data import blocks, movielens, prepare, vocabulary
 from recjax.errors import UserError
 
 

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax import cost, owners, planner, positions, presets, spectrum
 from recjax.frequency import Profile
-from recjax.plan import Plan, describe
-from recjax.spectrum import Table
+from recjax.plan import positions
+from recjax.plan.plan import Plan, describe
+from recjax.planner import formulas, frequency_buckets, presets, table_wise
+from recjax.planner import solve as solve_lib
+from recjax.planner.frequency_buckets import Table
 
 HUGE = 1 << 50
 
@@ -26,12 +28,12 @@ def problem_of(s, devices=8, batch=512, **changes):
     "slot_bytes": 4,
     "topology": presets.get("dgx_h200", devices),
   }
-  return planner.make_problem(s, **(arguments | changes))
+  return solve_lib.make_problem(s, **(arguments | changes))
 
 
 def solve(problem, **changes):
   arguments = {"hosts": 1, "device_bytes": HUGE, "host_bytes": HUGE}
-  return planner.solve(problem, **(arguments | changes))
+  return solve_lib.solve(problem, **(arguments | changes))
 
 
 # ---- The choice
@@ -49,7 +51,9 @@ def instances(draw):
     )
     for i in range(draw(st.integers(1, 5)))
   )
-  s = spectrum.power_law(tables, draw(st.sampled_from([0.8, 1.05, 1.45])))
+  s = frequency_buckets.power_law(
+    tables, draw(st.sampled_from([0.8, 1.05, 1.45]))
+  )
   n = draw(st.sampled_from([2, 8, 16]))
   machine = draw(st.sampled_from(["cpu", "dgx_h200", "dgx_a100"]))
   t = presets.get(machine, n)
@@ -71,14 +75,14 @@ def test_no_other_set_of_tables_is_cheaper(instance):
   problem, extra = instance
   rows, n = problem.spectrum.rows, problem.work.devices
   most = int(-(-rows // n) * (1 + extra))
-  pooling = owners.Pooling(problem, 0, rows, "dense", most)
+  pooling = table_wise.Pooling(problem, 0, rows, "dense", most)
   price = lambda tables: problem.evaluate(pooling.choice(tables).load)
-  able = owners.candidates(problem)
+  able = table_wise.candidates(problem)
   every = itertools.chain.from_iterable(
     itertools.combinations(able, k) for k in range(len(able) + 1)
   )
   least = min(map(price, every))
-  choice = owners.choose(pooling)
+  choice = table_wise.choose(pooling)
   assert problem.evaluate(choice.load) <= least * (1 + 1e-9)
   assert set(choice.owner) <= set(able)
 
@@ -87,7 +91,7 @@ def test_no_other_set_of_tables_is_cheaper(instance):
 def test_cuts_and_tables_fit_each_other(objective):
   """Never worse than without pooled tables, or with any given ones."""
   tables = (Table("a", 50_000, 60), Table("b", 9_000, 20), Table("c", 400, 1))
-  s = spectrum.power_law(tables, 1.05)
+  s = frequency_buckets.power_law(tables, 1.05)
   slow = dataclasses.replace(presets.get("dgx_h200", 8), link=1e8, ring=1e8)
   problem = problem_of(s, objective=objective, topology=slow, dim=128)
   chosen = solve(problem)
@@ -109,17 +113,19 @@ def test_cuts_and_tables_fit_each_other(objective):
 
 
 def test_one_device_and_one_hot_tables_pool_nothing():
-  long = spectrum.power_law((Table("a", 50_000, 60),), 1.05)
+  long = frequency_buckets.power_law((Table("a", 50_000, 60),), 1.05)
   assert solve(problem_of(long, 1)).pooled == ()
-  short = spectrum.power_law((Table("a", 50_000), Table("b", 9)), 1.05)
+  short = frequency_buckets.power_law((Table("a", 50_000), Table("b", 9)), 1.05)
   assert solve(problem_of(short, objective="bytes")).pooled == ()
-  list_ = spectrum.power_law((Table("a", 50_000, 60, bags=0),), 1.05)
+  list_ = frequency_buckets.power_law((Table("a", 50_000, 60, bags=0),), 1.05)
   assert solve(problem_of(list_, objective="bytes")).pooled == ()
 
 
 def test_shards_grow_for_a_large_table_only_where_there_is_memory():
   tables = (Table("a", 50_000, 60), Table("b", 50_000))
-  problem = problem_of(spectrum.power_law(tables, 1.05), objective="bytes")
+  problem = problem_of(
+    frequency_buckets.power_law(tables, 1.05), objective="bytes"
+  )
   roomy = solve(problem)
   assert roomy.pooled and roomy.warm_slots >= 50_000
   assert roomy.rows - roomy.spare == 100_000
@@ -163,7 +169,7 @@ def test_capacities_bound_every_owners_rows(devices, pooled, cut, memory):
   hotness = (9, 1, 4, 1)
   profile = counted(hotness)
   problem = problem_of(
-    spectrum.of_profile(profile, hotness), devices, 100,
+    frequency_buckets.of_profile(profile, hotness), devices, 100,
     overflow_probability=1e-3,
   )  # fmt: skip
   fit = max(cut[0] + -(-(cut[1] - cut[0]) // devices) + 20, memory)
@@ -178,8 +184,8 @@ def test_capacities_bound_every_owners_rows(devices, pooled, cut, memory):
   ranks = np.arange(cut[0], cut[1])
   owner = (where.positions_of(ranks) - plan.hot) % devices
   h = np.array(hotness)[profile.table[ranks]]
-  p = cost.touch_probability(profile.counts[ranks] / profile.samples / h, h)
-  pi = cost.touch_probability(p, 100)
+  p = formulas.touch_probability(profile.counts[ranks] / profile.samples / h, h)
+  pi = formulas.touch_probability(p, 100)
   owner_of = {profile.tables.index(t): o for t, o in plan.pooled}
   home = np.array([owner_of.get(t, -1) for t in profile.table[ranks]])
   alone = owner != home
@@ -187,6 +193,6 @@ def test_capacities_bound_every_owners_rows(devices, pooled, cut, memory):
   each, needed = 1e-3 / (2 * devices * devices), []
   for o in range(devices):
     mine = pi[alone & (owner == o)]
-    bound = cost.capacity(mine.sum(), each, (mine * (1 - mine)).sum())
+    bound = formulas.capacity(mine.sum(), each, (mine * (1 - mine)).sum())
     needed.append(min(bound, len(mine)))
   assert max(needed) <= plan.capacity_warm <= 1.1 * max(needed) + 8

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax import cost, planner, presets
 from recjax.errors import UserError
 from recjax.frequency import Profile
-from recjax.plan import Plan, describe
+from recjax.plan.plan import Plan, describe
+from recjax.planner import formulas, presets
+from recjax.planner import solve as solve_lib
 
 MB = 1 << 20
 HUGE = 1 << 50
@@ -41,7 +42,7 @@ def make(profile, **changes) -> Plan:
     "device_bytes": HUGE,
     "host_bytes": HUGE,
   }
-  return planner.plan(profile, **(arguments | changes))
+  return solve_lib.plan(profile, **(arguments | changes))
 
 
 def error_of(profile, **changes) -> str:
@@ -127,7 +128,7 @@ def test_a_plan_is_consistent_and_fits(case, chance):
   assert reports["cold"].bytes == p.cold_slots * n * row_bytes
   shares = sum(r.share for r in p.reports)
   assert shares == pytest.approx(1 if profile.accesses else 0)
-  touched = cost.touch_probability(profile.frequencies(), local)
+  touched = formulas.touch_probability(profile.frequencies(), local)
   cuts = [0, p.hot, p.warm_end, p.rows]
   for r, a, b in zip(p.reports, cuts, cuts[1:], strict=False):
     assert r.distinct == pytest.approx(touched[a:b].sum())
@@ -157,15 +158,15 @@ def test_planned_capacities_bound_every_owners_mean():
   profile = power_law(10_000)
   cuts = {"hot_rows": 0, "warm_rows": 4, "lookups": 1_000}
   p = make(profile, overflow_probability=1e-3, **cuts, batch_size=8_000)
-  touched = cost.touch_probability(profile.frequencies(), 1_000)
+  touched = formulas.touch_probability(profile.frequencies(), 1_000)
   each = 1e-3 / (2 * 8 * 8)  # a tier, device and peer
   assert p.capacity_warm == 1
   owners = [touched[4 + k :: 8] for k in range(8)]
   means = [x.sum() for x in owners]
   spreads = [(x * (1 - x)).sum() for x in owners]
   for mean, spread in zip(means, spreads, strict=True):
-    assert p.capacity_cold >= cost.capacity(mean, each, spread)
-  assert p.capacity_cold <= cost.capacity(max(means) + 1, each) < 1_250
+    assert p.capacity_cold >= formulas.capacity(mean, each, spread)
+  assert p.capacity_cold <= formulas.capacity(max(means) + 1, each) < 1_250
   assert max(means) > touched[4:].sum() / 8 + 0.2
   loose = make(profile, overflow_probability=0.9, **cuts, batch_size=8_000)
   assert loose.capacity_cold < p.capacity_cold

@@ -8,19 +8,19 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from recjax import (
-  baselines,
-  planner,
-  planning,
-  presets,
-  spectrum,
-  topology,
-)
-from recjax import prepare as prepare_lib
 from recjax.config import Config
+from recjax.data import prepare as prepare_lib
 from recjax.errors import UserError
-from recjax.plan import Plan
-from recjax.spectrum import Table
+from recjax.plan.plan import Plan
+from recjax.planner import (
+  baselines,
+  frequency_buckets,
+  presets,
+  topology,
+  write_plan,
+)
+from recjax.planner import solve as solve_lib
+from recjax.planner.frequency_buckets import Table
 
 TERABYTE = (
   227605432, 39060, 17295, 7424, 20265, 3, 7122, 1543, 63, 130229467, 3067956,
@@ -44,7 +44,7 @@ def terabyte(**changes) -> Config:
 
 def run(config, workdir, devices=8, prepared=None, serving=False):
   lines = []
-  plan, _ = planning.run(
+  plan, _ = write_plan.run(
     config,
     prepared,
     workdir,
@@ -150,10 +150,10 @@ def test_budgets_that_cannot_work(tmp_path):
 
 
 def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(planning.cuts, "HOT_SYNCS", ("dense",))
+  monkeypatch.setattr(write_plan.cuts, "HOT_SYNCS", ("dense",))
   with pytest.raises(UserError, match=r"plan\.hot_sync: 'sparse'"):
     run(terabyte(plan__hot_sync="sparse"), tmp_path)
-  monkeypatch.setattr(planning.cuts, "HOT_SYNCS", ("dense", "sparse"))
+  monkeypatch.setattr(write_plan.cuts, "HOT_SYNCS", ("dense", "sparse"))
   config = terabyte(plan__hot_sync="sparse", plan__hot_rows=1_000)
   plan, _ = run(config, tmp_path)
   assert plan.hot_sync == "sparse"
@@ -291,7 +291,7 @@ def test_counted_data_are_corrected_and_used(tmp_path):
   c.train.batch_size = 512
   prepared = prepare_lib.prepare(c, str(tmp_path / "data"), lambda _: None)
   t = presets.cpu(4)
-  problem = planning.problem_of(c, prepared, t, 4, 4)
+  problem = write_plan.problem_of(c, prepared, t, 4, 4)
   assert set(problem.spectrum.measured.samples) == {32, 128, 512}
   ratio = problem.spectrum.measured.ratio(problem.spectrum, 128)
   assert np.all(np.abs(ratio - 1) < 0.15)  # the teacher's are independent
@@ -316,11 +316,11 @@ def placed_of(rows, devices, device_bytes, hotness=1, **changes):
     "slot_bytes": 0,
     "topology": presets.get("dgx_h200", devices),
   }
-  problem = planner.make_problem(
-    spectrum.power_law(tables, 1.15), **(arguments | changes)
+  problem = solve_lib.make_problem(
+    frequency_buckets.power_law(tables, 1.15), **(arguments | changes)
   )
   host = 1 << 40
-  plan = planner.solve(
+  plan = solve_lib.solve(
     problem, hosts=1, device_bytes=device_bytes, host_bytes=host
   )
   return {
@@ -361,8 +361,8 @@ def test_greedy_fills_the_least_loaded():
 def test_shards_are_pooled_at_their_owners():
   """A row-wise, a column-wise and a host table on four devices, by hand."""
   tables = (Table("rows", 400), Table("columns", 100), Table("host", 10))
-  problem = planner.make_problem(
-    spectrum.power_law(tables, 1.15),
+  problem = solve_lib.make_problem(
+    frequency_buckets.power_law(tables, 1.15),
     devices=4,
     batch_size=64,
     lookups=3,

@@ -12,11 +12,15 @@ import test_train_step as dense
 from test_collectives import on_64_devices
 from test_compiled_step import big_plan
 
-from recjax import collectives, planner, positions, spectrum, tables, train_step
+from recjax.embedding import tables
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding
-from recjax.plan import Plan
-from recjax.specs import Feature
+from recjax.plan import positions
+from recjax.plan.plan import Plan
+from recjax.planner import compiled_collectives, frequency_buckets
+from recjax.planner import solve as solve_lib
+from recjax.schema import Feature
+from recjax.training import step as step_lib
 
 ROWS, DIM, BATCH = dense.ROWS, dense.DIM, dense.BATCH
 FEATURES = {
@@ -79,7 +83,7 @@ def train(features, plan, optimizer, options=None, **kw):
   """(rows before, rows and slots after, parameters, rounds of each step)."""
   model, mesh, state, where = build(features, plan, optimizer, **kw)
   first = in_rank_order(state.tables, plan, where).rows
-  step = train_step.make_train_step(model, mesh)
+  step = step_lib.make_train_step(model, mesh)
   compiled, rounds = None, []
   for batch in dense.batches(features):
     batch["ids"] = where.positions_of(batch["ids"])
@@ -150,8 +154,10 @@ def planned(devices, dtype="float32", pooled=("b", "c")):
   profile = profile_of(FEATURES["bags"])
   counts = np.maximum(2_000 // np.arange(1, ROWS + 1), 1)
   profile = dataclasses.replace(profile, samples=1_000, counts=counts)
-  s = spectrum.of_profile(profile, (1, 7, 3, 2, 1), bags=(1, 2, 1, 0, 1))
-  problem = planner.make_problem(
+  s = frequency_buckets.of_profile(
+    profile, (1, 7, 3, 2, 1), bags=(1, 2, 1, 0, 1)
+  )
+  problem = solve_lib.make_problem(
     s,
     devices=devices,
     batch_size=max(BATCH, devices),
@@ -161,7 +167,7 @@ def planned(devices, dtype="float32", pooled=("b", "c")):
     slot_bytes=4 * DIM,
     exchange_dtype=dtype,
   )
-  return planner.solve(
+  return solve_lib.solve(
     problem,
     hosts=1,
     device_bytes=1 << 30,
@@ -180,12 +186,12 @@ def check_sent(devices, dtype):
   model, mesh, state, _ = build(
     features, plan, "adagrad", exchange_dtype=jnp.dtype(dtype)
   )
-  lowered, _ = train_step.lower(model, mesh, state.params, dense.DENSE)
+  lowered, _ = step_lib.lower(model, mesh, state.params, dense.DENSE)
   text = lowered.compile(dense.FAST).as_text()
   sent = dict(plan.sent)
   want = sum(sent[k] for k in sent if k not in ("host", "hot gradients"))
   assert sent["pooled ids"] > 0
-  found = collectives.of_step(text, devices)
+  found = compiled_collectives.of_step(text, devices)
   kinds = ("all-to-all", "collective-permute")
   got = sum(c.sent(devices) for c in found if c.kind in kinds)
   assert got == pytest.approx(want, rel=1e-12)
@@ -208,7 +214,7 @@ def test_tables_are_updated_in_place():
   model, mesh, state, _ = build(features, small, "adam")
   plan = dataclasses.replace(big_plan(rows, "warm"), pooled=POOLED["uneven"])
   model = model._replace(plan=plan)
-  lowered, shapes = train_step.lower(model, mesh, state.params, dense.DENSE)
+  lowered, shapes = step_lib.lower(model, mesh, state.params, dense.DENSE)
   compiled, t = lowered.compile(), shapes.tables
   memory = compiled.memory_analysis()
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(t)) // 8

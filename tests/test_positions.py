@@ -4,9 +4,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax import positions
 from recjax.frequency import Profile
-from recjax.plan import Plan
+from recjax.plan import positions
+from recjax.plan.plan import Plan
 
 
 @st.composite

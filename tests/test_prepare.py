@@ -12,15 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
 
-from recjax import (
-  blocks,
-  formats,
-  parsing,
-  prepare,
-  stage,
-  vocabulary,
-)
 from recjax.config import Config, Data, Synthetic
+from recjax.data import blocks, criteo, prepare, staging, text, vocabulary
 from recjax.errors import UserError
 
 REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
@@ -85,7 +78,7 @@ def test_the_vocabulary_is_that_of_a_plain_count(tmp_path):
     config(tmp_path / "log.tsv", test_fraction=0.2), str(tmp_path / "p"), quiet
   )
   assert p.samples == {"train": 400, "test": 100}
-  names = formats.CATEGORIES
+  names = criteo.CATEGORIES
   want = []  # count, table, kind, value
   for t in range(26):
     counts = collections.Counter(row[t] for row in cells[:400])
@@ -176,7 +169,7 @@ def test_chunks_and_blocks_do_not_matter(tmp_path, monkeypatch):
   log(tmp_path / "log.tsv")
   c = config(tmp_path / "log.tsv")
   whole = prepare.prepare(c, str(tmp_path / "p"), quiet)
-  monkeypatch.setattr(parsing, "CHUNK_BYTES", 3_000)
+  monkeypatch.setattr(text, "CHUNK_BYTES", 3_000)
   monkeypatch.setattr(vocabulary, "_BATCH", 7)
   monkeypatch.setattr(blocks, "_SHARD_BYTES", 1)
   c.data.block_samples = 10
@@ -339,7 +332,7 @@ def test_synthetic_logs_go_the_same_way(tmp_path):
 
 
 def test_the_split_is_the_same_row_by_row():
-  split = stage.Split(Data(split="random"), None, 1_000)
+  split = staging.Split(Data(split="random"), None, 1_000)
   whole = split.mask(0, 1_000)
   parts = [split.mask(i, 10) for i in range(0, 1_000, 10)]
   np.testing.assert_array_equal(np.concatenate(parts), whole)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_prepare import config, content, log, quiet
 
-from recjax import prepare, vocabulary
+from recjax.data import prepare, vocabulary
 
 SCRIPT = """
 import resource, sys

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from recjax import presets, topology
 from recjax.errors import UserError
+from recjax.planner import presets, topology
 
 NAMES = ["cpu", *presets.PRESETS]
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from recjax import sparse_optim
+from recjax.embedding import optimizers
 
 ROWS, DIM, STEPS, RATE = 5, 4, 6, 0.3
 EPS = 1e-8
@@ -43,12 +43,12 @@ WANTED = {
 
 
 def test_each_optimizer_is_tested():
-  assert WANTED.keys() == sparse_optim.OPTIMIZERS.keys()
+  assert WANTED.keys() == optimizers.OPTIMIZERS.keys()
 
 
 @pytest.mark.parametrize("name", WANTED)
 def test_steps_equal_numpy(name):
-  optimizer = sparse_optim.OPTIMIZERS[name](RATE)
+  optimizer = optimizers.OPTIMIZERS[name](RATE)
   rng = np.random.default_rng(0)
   w = rng.normal(size=(ROWS, DIM))
   slots = {
@@ -77,7 +77,7 @@ def test_steps_equal_numpy(name):
 @pytest.mark.parametrize("name", WANTED)
 def test_rows_are_updated_alone(name):
   """So that any part of the touched rows may be updated at a time."""
-  optimizer = sparse_optim.OPTIMIZERS[name](RATE)
+  optimizer = optimizers.OPTIMIZERS[name](RATE)
   rng = np.random.default_rng(1)
   draw = lambda *shape: rng.uniform(0.1, 1, shape).astype(np.float32)
   w, g = draw(ROWS, DIM), draw(ROWS, DIM)
@@ -106,4 +106,4 @@ def test_rows_are_updated_alone(name):
   ],
 )
 def test_slot_bytes(name, dim, want):
-  assert sparse_optim.slot_bytes(name, dim) == want
+  assert optimizers.slot_bytes(name, dim) == want

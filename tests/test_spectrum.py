@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax import cost, spectrum
 from recjax.frequency import Profile
-from recjax.spectrum import Table
+from recjax.planner import formulas, frequency_buckets
+from recjax.planner.frequency_buckets import Table
 
 DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
 CRITEO = DATA / "criteo_kaggle_80k.tsv.gz"
@@ -32,9 +32,9 @@ def profile_of(counts, samples, tables=1) -> Profile:
 def test_buckets_sum_like_their_rows(counts, samples):
   """To 1e-7, as the module says, at the end of every bucket."""
   profile = profile_of(counts, max(counts) + 1)
-  s = spectrum.of_profile(profile)
+  s = frequency_buckets.of_profile(profile)
   assert s.rows == profile.rows
-  pi = cost.touch_probability(profile.frequencies(), samples)
+  pi = formulas.touch_probability(profile.frequencies(), samples)
   want = np.concatenate([[0], np.cumsum(pi)])[s.ends]
   got = s.below(s.touched(samples))(s.ends)
   np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-12)
@@ -44,7 +44,7 @@ def test_buckets_sum_like_their_rows(counts, samples):
 
 def test_small_counts_have_a_bucket_each():
   counts = np.random.default_rng(0).integers(0, 1_024, 5_000)
-  s = spectrum.of_profile(profile_of(counts, 2_000))
+  s = frequency_buckets.of_profile(profile_of(counts, 2_000))
   found = np.unique(counts)[::-1]
   np.testing.assert_allclose(s.p, found / 2_000, rtol=1e-15)
 
@@ -55,7 +55,7 @@ def test_bags_of_any_size():
   rows, samples, batches = 400, 64, 400
   table = Table("t", rows, hotness=5, sizes=sizes)
   assert table.lookups == pytest.approx(0.3 + 3 * 0.1 + 5 * 0.4)
-  s = spectrum.power_law((table,), 1.1)
+  s = frequency_buckets.power_law((table,), 1.1)
   assert s.count @ s.uses == pytest.approx(table.lookups)
   r = np.arange(1, rows + 1) ** -1.1
   rng = np.random.default_rng(0)
@@ -69,9 +69,9 @@ def test_bags_of_any_size():
 
 def test_slices_do_not_show(monkeypatch):
   counts = np.random.default_rng(0).zipf(1.2, 5_000).clip(0, 10**6)
-  whole = spectrum.of_profile(profile_of(counts, 10**6, 3), (1, 4, 9))
-  monkeypatch.setattr(spectrum, "_SLICE", 77)
-  parts = spectrum.of_profile(profile_of(counts, 10**6, 3), (1, 4, 9))
+  whole = frequency_buckets.of_profile(profile_of(counts, 10**6, 3), (1, 4, 9))
+  monkeypatch.setattr(frequency_buckets, "_SLICE", 77)
+  parts = frequency_buckets.of_profile(profile_of(counts, 10**6, 3), (1, 4, 9))
   np.testing.assert_allclose(parts.p, whole.p, rtol=1e-12)
   np.testing.assert_array_equal(parts.count, whole.count)
 
@@ -79,7 +79,7 @@ def test_slices_do_not_show(monkeypatch):
 def test_bags():
   """p = 1 - (1 - r)^h for a table with h lookups a sample."""
   profile = profile_of([600, 30, 6], 100, 3)
-  s = spectrum.of_profile(profile, (20, 3, 2))
+  s = frequency_buckets.of_profile(profile, (20, 3, 2))
   want = [1 - (1 - 6 / 20) ** 20, 1 - (1 - 0.1) ** 3, 1 - (1 - 0.03) ** 2]
   np.testing.assert_allclose(s.p, want, rtol=1e-12)
   np.testing.assert_allclose(s.uses, [6, 0.3, 0.06], rtol=1e-12)
@@ -89,15 +89,17 @@ def test_bags():
 @pytest.mark.parametrize("hotness", [1, 7])
 def test_a_power_law_is_that_of_its_ranks(exponent, hotness):
   tables = (Table("a", 300_000, hotness), Table("b", 50), Table("c", 1))
-  s = spectrum.power_law(tables, exponent)
+  s = frequency_buckets.power_law(tables, exponent)
   assert s.rows == 300_051
   p = []
   for t in tables:
     r = np.arange(1, t.rows + 1) ** -exponent
-    p.append(cost.bag_probability(r / r.sum(), t.hotness))
+    p.append(formulas.bag_probability(r / r.sum(), t.hotness))
   p = np.sort(np.concatenate(p))[::-1]
   for samples in (1, 100, 10_000):
-    pi = np.concatenate([[0], np.cumsum(cost.touch_probability(p, samples))])
+    pi = np.concatenate(
+      [[0], np.cumsum(formulas.touch_probability(p, samples))]
+    )
     got = s.below(s.touched(samples))
     np.testing.assert_allclose(got(s.ends), pi[s.ends], rtol=2e-5)
     cut = np.random.default_rng(0).integers(0, s.rows, 50)
@@ -106,7 +108,7 @@ def test_a_power_law_is_that_of_its_ranks(exponent, hotness):
 
 
 def test_a_billion_rows():
-  s = spectrum.power_law((Table("a", 10**9), Table("b", 10**8)), 1.05)
+  s = frequency_buckets.power_law((Table("a", 10**9), Table("b", 10**8)), 1.05)
   assert s.rows == 11 * 10**8
   assert len(s.p) < 50_000
   assert np.all(np.diff(s.p) < 0)
@@ -118,7 +120,7 @@ def test_simulated_batches_have_the_expected_distinct_rows(hotness, samples):
   """Within 0.5%, for all rows and for the tiers that cuts make."""
   rng = np.random.default_rng(1)
   table = Table("a", 20_000, hotness)
-  s = spectrum.power_law((table,), 1.15)
+  s = frequency_buckets.power_law((table,), 1.15)
   r = np.arange(1, table.rows + 1) ** -1.15
   cuts = np.array([0, 100, 2_000, table.rows])
   trials = 1_500
@@ -135,7 +137,7 @@ def test_simulated_batches_have_the_expected_distinct_rows(hotness, samples):
 def test_measured_ratios_correct_what_is_expected():
   """Batches of repeated samples: half the distinct rows, found and used."""
   rng = np.random.default_rng(0)
-  s = spectrum.power_law((Table("a", 100_000),), 1.1)
+  s = frequency_buckets.power_law((Table("a", 100_000),), 1.1)
   r = np.arange(1, 100_001) ** -1.1
   edges = np.cumsum(r / r.sum())
 
@@ -144,8 +146,8 @@ def test_measured_ratios_correct_what_is_expected():
     return np.repeat(np.minimum(ids, 99_999), 2)[:, None]
 
   batches = {m: [batch(m) for _ in range(60)] for m in (500, 2_000)}
-  measured = spectrum.measure(s, batches)
-  real = spectrum.Spectrum(s.tables, s.count, s.p, s.uses, measured)
+  measured = frequency_buckets.measure(s, batches)
+  real = frequency_buckets.Spectrum(s.tables, s.count, s.p, s.uses, measured)
   for size in (500, 1_000, 2_000):
     want = np.mean([len(np.unique(batch(size))) for _ in range(60)])
     got = real.below(real.touched(size))(s.rows)
@@ -167,10 +169,12 @@ def check_batches(ids, counts, sizes, independent):
 
   Independent samples would be `independent` off at most; corrected, 3%.
   """
-  s = spectrum.of_profile(profile_of(counts, len(ids)))
+  s = frequency_buckets.of_profile(profile_of(counts, len(ids)))
   slices = lambda m: [ids[i : i + m] for i in range(0, len(ids) - m, m)]
-  measured = spectrum.measure(s, {m: slices(m)[::2] for m in sizes[::2]})
-  real = spectrum.Spectrum(s.tables, s.count, s.p, s.uses, measured)
+  measured = frequency_buckets.measure(
+    s, {m: slices(m)[::2] for m in sizes[::2]}
+  )
+  real = frequency_buckets.Spectrum(s.tables, s.count, s.p, s.uses, measured)
   for size in sizes:
     found = np.mean([len(np.unique(x)) for x in slices(size)[1::2]])
     got = real.below(real.touched(size))(s.rows)

@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from recjax import config, cost, models, presets, step_cost
-from recjax.step_cost import Dense, Load, Work
+from recjax import config
+from recjax.models import dlrm
+from recjax.planner import formulas, presets, step_cost
+from recjax.planner.step_cost import Dense, Load, Work
 
 WORK = Work(
   devices=8,
@@ -28,7 +30,7 @@ WORK = Work(
 @pytest.mark.parametrize("inputs", [13, 0])
 def test_the_dense_part_is_counted(name, inputs):
   model = config.Model(name=name, cross_rank=8)
-  params, apply = models.build(model, inputs, 5, 16, 0)
+  params, apply = dlrm.build(model, inputs, 5, 16, 0)
   dense = step_cost.dense_model(
     name, model.bottom, model.top, inputs, 5, 16, model.cross_layers, 8
   )
@@ -42,7 +44,7 @@ def test_the_dense_part_is_counted(name, inputs):
 @pytest.mark.parametrize("batch", [128, 1_024])
 def test_the_dense_part_passes_over_what_xla_counts(batch):
   model = config.Model(bottom=(64, 32), top=(64, 32))
-  params, apply = models.build(model, 13, 8, 16, 0)
+  params, apply = dlrm.build(model, 13, 8, 16, 0)
   optimizer = optax.adagrad(0.1)
 
   def step(params, state, dense, activations):
@@ -122,10 +124,10 @@ def test_stages_send_what_the_formulas_say():
   w = work.wire_bytes
   near, far = pi, pi_node / 4  # n C and N C_far
   staged = Load(0.0, near, near, None, far, far)
-  two = sum(cost.two_stage_bytes(2 * pi_node, w, 2, 4))
+  two = sum(formulas.two_stage_bytes(2 * pi_node, w, 2, 4))
   sent = step_cost.network_bytes(work, staged)
   assert sum(sent.values()) == pytest.approx(two)
-  within = sum(cost.coalesced_bytes(2 * pi, w, 4))
+  within = sum(formulas.coalesced_bytes(2 * pi, w, 4))
   total = step_cost.sent_bytes(work, staged)
   total.pop("host")
   assert sum(total.values()) == pytest.approx(two + within)

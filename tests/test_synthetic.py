@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recjax import formats, parsing, synthetic
 from recjax.config import Data, Synthetic
+from recjax.data import synthetic, text
 from recjax.errors import UserError
 
 
@@ -77,11 +77,9 @@ def test_the_teacher_is_reachable_and_not_perfect(tmp_path):
   assert 0.75 < teacher["auc"] < 0.86
   # The labels of the test part are the teacher's: its log loss is that of a
   # calibrated model, well under the base rate's entropy.
-  paths = parsing.find(str(tmp_path / "logs" / "*.tsv"), "data.train")
+  paths = text.find(str(tmp_path / "logs" / "*.tsv"), "data.train")
   criteo = Data()
-  chunks = formats.chunks(
-    criteo, formats.schema(criteo), paths, parsing.BadRows(0)
-  )
+  chunks = criteo.chunks(criteo, criteo.schema(criteo), paths, text.BadRows(0))
   label = np.concatenate([c.label for c in chunks])
   assert len(label) == 30_000
   base = label[-3_000:].mean()

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from recjax import sparse_optim, tables
+from recjax.embedding import optimizers, tables
+from recjax.embedding.tables import Tier
 from recjax.mesh import make_mesh
-from recjax.plan import Plan
-from recjax.tables import Tier
+from recjax.plan.plan import Plan
 
 ROWS, DIM = 1_003, 8
-ADAM = sparse_optim.adam(0.1)
-ROWWISE = sparse_optim.rowwise_adagrad(0.1)
+ADAM = optimizers.adam(0.1)
+ROWWISE = optimizers.rowwise_adagrad(0.1)
 # devices, hot, warm_end, and the devices of a node with a copy of warm rows
 PLANS = {
   "hot": (8, ROWS, ROWS),
@@ -68,7 +68,7 @@ def rank_order(t: tables.Tables, plan):
 def fresh(name, optimizer="rowwise_adagrad", scale=0.25, seed=3):
   plan = make_plan(*PLANS[name])
   mesh = make_mesh(plan.devices, plan.node_devices)
-  optimizer = sparse_optim.OPTIMIZERS[optimizer](0.1)
+  optimizer = optimizers.OPTIMIZERS[optimizer](0.1)
   return plan, mesh, tables.init(plan, optimizer, mesh, scale, seed)
 
 

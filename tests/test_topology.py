@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from recjax import topology
+from recjax.planner import topology
 
 RAM = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 GB = 1 << 30

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from recjax import config as config_lib
-from recjax import train
 from recjax.errors import UserError
-from recjax.plan import Plan
+from recjax.plan.plan import Plan
+from recjax.training import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -9,11 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from recjax import sparse_optim, tables, train_step
-from recjax.cuts import FLAT, TRANSPORTS
+from recjax.embedding import optimizers, tables
 from recjax.mesh import batch_sharding, make_mesh, replicated
-from recjax.plan import Plan
-from recjax.specs import Feature
+from recjax.plan.plan import Plan
+from recjax.planner.cut_points import FLAT, TRANSPORTS
+from recjax.schema import Feature
+from recjax.training import step as step_lib
 
 ROWS, DIM, BATCH, DENSE, STEPS = 203, 8, 32, 3, 20
 LEARNING_RATE = 0.1
@@ -43,7 +44,7 @@ EPS = 1e-3
 OPTIMIZERS = {
   name: functools.partial(make, ROW_RATES[name], **kw)
   for (name, make), kw in zip(
-    sparse_optim.OPTIMIZERS.items(),
+    optimizers.OPTIMIZERS.items(),
     ({}, {"eps": EPS}, {"eps": EPS}, {"eps": EPS}),
     strict=True,
   )
@@ -221,7 +222,7 @@ def rank_order(t: tables.Tables, plan):
 
 def build(features, plan, optimizer, exchange_dtype=jnp.float32):
   mesh = make_mesh(plan.devices, plan.node_devices)
-  model = train_step.Model(
+  model = step_lib.Model(
     apply=apply,
     features=features,
     dense_optimizer=optax.adagrad(LEARNING_RATE),
@@ -236,7 +237,7 @@ def build(features, plan, optimizer, exchange_dtype=jnp.float32):
     replicated(mesh),
   )
   t = tables.init(plan, model.sparse_optimizer, mesh, scale=0.5, seed=3)
-  return model, mesh, train_step.TrainState(step, params, opt_state, t)
+  return model, mesh, step_lib.TrainState(step, params, opt_state, t)
 
 
 # Compiled fast rather than well: these tests compile hundreds of steps.
@@ -247,7 +248,7 @@ def train(features, plan, optimizer, options=None, **kw):
   """(rows before, state after, rounds of each step)."""
   model, mesh, state = build(features, plan, optimizer, **kw)
   first = rank_order(state.tables, plan).rows
-  step = train_step.make_train_step(model, mesh)
+  step = step_lib.make_train_step(model, mesh)
   compiled, rounds = None, []
   for batch in batches(features):
     batch = jax.device_put(batch, batch_sharding(mesh))

@@ -1,0 +1,233 @@
+"""The vocabulary: which rows each table has, and how they rank.
+
+It sums, sorts and joins the distinct values of billions of cells. DuckDB does
+that: it is a maintained columnar engine that keeps to a memory limit and
+spills to disk, which PyArrow does not do and Polars does for some operations
+only. It does not parse the logs, though it could: its reader gives strings, so
+that every cell would be hashed, and its joins keep no order. data/criteo.py gives
+it lists of distinct values instead, about a tenth of the cells.
+
+Each row of a table is an id, or one of two special rows which every table
+has: 'oov' for ids seen fewer than `min_count` times and ids never seen in
+training, 'missing' for empty cells. They rank by their counts like any other.
+Equal counts rank by table, then special rows first, then by value (bytes).
+
+The file is Parquet in rank order, with the columns table, kind ('value', 'oov'
+or 'missing'), value (null in special rows), count and rank. It is the
+frequency profile as well.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from recjax.errors import UserError
+from recjax.frequency import Profile
+
+FILE = "vocabulary.parquet"
+_KINDS = ("oov", "missing", "value")  # in this order at equal counts
+_BATCH = 1 << 18  # rows
+
+
+def open_engine(memory_mb: int, spill: str) -> duckdb.DuckDBPyConnection:
+  """A database in memory that spills into the directory `spill`."""
+  engine = duckdb.connect(
+    ":memory:",
+    config={
+      "memory_limit": f"{memory_mb}MB",
+      "temp_directory": spill,
+      "preserve_insertion_order": False,
+    },
+  )
+  engine.execute("SET enable_progress_bar = false")  # Progress reports
+  return engine
+
+
+def count(
+  engine: duckdb.DuckDBPyConnection,
+  parts: Iterator[tuple[np.ndarray, pa.Array, np.ndarray]],
+  tables: tuple[str, ...],
+  min_count: int,
+  path: str,
+) -> str:
+  """Writes the vocabulary of these counts to `path`, atomically.
+
+  Args:
+    engine: see `open_engine`.
+    parts: (table [V] int16, value [V] with null = missing, count [V]); a value
+      may come in many parts.
+    tables: names.
+    min_count: rarer values share their table's 'oov' row.
+    path: of the file.
+
+  Returns:
+    The fingerprint: sha256 of the content, whatever the file's encoding.
+
+  Raises:
+    UserError: more rows than int32 can count.
+  """
+  columns = pa.schema(
+    [("tbl", pa.int16()), ("value", pa.string()), ("n", pa.int64())]
+  )
+  batches = (
+    pa.record_batch(list(part), schema=columns).filter(pa.array(part[2] > 0))
+    for part in parts
+  )
+  engine.register("parts", pa.RecordBatchReader.from_batches(columns, batches))
+  engine.execute(
+    "CREATE TABLE counts AS SELECT tbl, value, sum(n)::BIGINT AS n"
+    " FROM parts GROUP BY ALL"
+  )
+  engine.execute(
+    "CREATE TABLE special AS SELECT t.tbl, kind, coalesce(sum(n) FILTER"
+    " (value IS NULL AND kind = 1 OR value IS NOT NULL AND kind = 0 AND n < $m)"
+    ", 0)::BIGINT AS n FROM range($t) AS t(tbl) CROSS JOIN range(2) AS k(kind)"
+    " LEFT JOIN counts AS c ON c.tbl = t.tbl GROUP BY ALL",
+    {"m": min_count, "t": len(tables)},
+  )
+  rows = engine.sql(
+    "SELECT tbl, 2 AS kind, value, n FROM counts"
+    " WHERE value IS NOT NULL AND n >= $m"
+    " UNION ALL SELECT tbl, kind, NULL, n FROM special"
+    " ORDER BY n DESC, tbl, kind, value",
+    params={"m": min_count},
+  )
+  fingerprint = _write(rows.to_arrow_reader(_BATCH), tables, path)
+  engine.execute("DROP TABLE counts")
+  return fingerprint
+
+
+def _write(batches, tables, path) -> str:
+  """Writes ranked rows (tbl, kind, value, n); returns their fingerprint."""
+  schema = pa.schema(
+    [
+      ("table", pa.string()),
+      ("kind", pa.string()),
+      ("value", pa.string()),
+      ("count", pa.int64()),
+      ("rank", pa.int32()),
+    ]
+  )
+  names, kinds = pa.array(tables), pa.array(_KINDS)
+  digests = [hashlib.sha256() for _ in range(5)]
+  rank = 0
+  with pq.ParquetWriter(path + ".part", schema, compression="zstd") as writer:
+    for batch in batches:
+      tbl, kind, value, n = (batch[c] for c in ("tbl", "kind", "value", "n"))
+      if rank + len(batch) > np.iinfo(np.int32).max:
+        raise UserError(
+          "the tables have more than 2^31 rows together: raise data.min_count"
+        )
+      ranks = np.arange(rank, rank + len(batch), dtype=np.int32)
+      rank += len(batch)
+      text = pc.fill_null(value, "")
+      for digest, column in zip(
+        digests,
+        (
+          tbl.to_numpy().astype(np.int16),
+          kind.to_numpy().astype(np.int8),
+          pc.binary_length(text).to_numpy().astype(np.int32),
+          pc.binary_join(pa.array([text.to_pylist()]), "")[0].as_buffer(),
+          n.to_numpy().astype(np.int64),
+        ),
+        strict=True,
+      ):
+        digest.update(column)
+      writer.write_batch(
+        pa.record_batch(
+          [names.take(tbl), kinds.take(kind), value, n, ranks], schema=schema
+        )
+      )
+  os.replace(path + ".part", path)
+  head = json.dumps([list(tables), rank]).encode()
+  return hashlib.sha256(
+    head + b"".join(d.digest() for d in digests)
+  ).hexdigest()
+
+
+def ranks(
+  engine: duckdb.DuckDBPyConnection,
+  parts: Callable[[], Iterator[tuple[np.ndarray, pa.Array]]],
+  tables: tuple[str, ...],
+  path: str,
+) -> Iterator[np.ndarray]:
+  """[V] int32: the rank of each value, part by part.
+
+  Args:
+    engine: see `open_engine`.
+    parts: gives, each time the same, (table [V] int16, value [V]).
+    tables: names.
+    path: of the vocabulary.
+  """
+  columns = pa.schema(
+    [("position", pa.int64()), ("tbl", pa.int16()), ("value", pa.string())]
+  )
+
+  def batches():
+    position = 0
+    for table, values in parts():
+      at = np.arange(position, position + len(values))
+      position += len(values)
+      yield pa.record_batch([at, table, values], schema=columns)
+
+  engine.register(
+    "cells", pa.RecordBatchReader.from_batches(columns, batches())
+  )
+  engine.execute(
+    'CREATE TABLE vocabulary AS SELECT (list_position($names, "table") - 1)'
+    "::SMALLINT AS tbl, kind, value, rank FROM read_parquet($path)",
+    {"names": list(tables), "path": path},
+  )
+  special = np.empty((2, len(tables)), np.int32)  # [oov or missing, table]
+  for tbl, kind, rank in engine.execute(
+    "SELECT tbl, kind, rank FROM vocabulary WHERE kind <> 'value'"
+  ).fetchall():
+    special[_KINDS.index(kind), tbl] = rank
+  stream = _Stream(
+    engine.sql(
+      "SELECT coalesce(v.rank, -1)::INTEGER FROM cells AS b LEFT JOIN"
+      " (FROM vocabulary WHERE kind = 'value') AS v"
+      " ON b.tbl = v.tbl AND b.value = v.value ORDER BY position"
+    ).to_arrow_reader(_BATCH)
+  )
+  for table, values in parts():
+    missing = values.is_null().to_numpy(zero_copy_only=False)
+    rank = stream.take(len(values))
+    yield np.where(rank < 0, special[missing.astype(int), table], rank)
+
+
+class _Stream:
+  """A stream of one int32 column, taken in pieces of any length."""
+
+  def __init__(self, batches):
+    self.batches, self.rest = iter(batches), np.empty(0, np.int32)
+
+  def take(self, n: int) -> np.ndarray:
+    parts = [self.rest]
+    while sum(map(len, parts)) < n:
+      parts.append(next(self.batches).column(0).to_numpy())
+    joined = np.concatenate(parts)
+    self.rest = joined[n:]
+    return joined[:n]
+
+
+def read_profile(path: str, tables: tuple[str, ...], samples: int) -> Profile:
+  """The profile that a vocabulary file holds."""
+  file = pq.ParquetFile(path)
+  rows = file.metadata.num_rows
+  counts, table = np.empty(rows, np.int64), np.empty(rows, np.int16)
+  names = pa.array(tables)
+  start = 0
+  for batch in file.iter_batches(columns=["table", "count"]):
+    stop = start + len(batch)
+    counts[start:stop] = batch["count"]
+    table[start:stop] = pc.index_in(batch["table"], names)
+    start = stop
+  return Profile(samples, tables, counts, table)

@@ -1,0 +1,102 @@
+"""What a run reports: loss, rate, rounds, distinct rows, time left."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from recjax.config import Train
+from recjax.errors import UserError
+from recjax.training import metrics
+
+
+@contextlib.contextmanager
+def writer(workdir, first):
+  """metrics.MetricsWriter.write on process 0; the others write nothing."""
+  if jax.process_index():
+    yield lambda *_: None
+    return
+  with metrics.MetricsWriter(workdir, first) as writer:
+    yield writer.write
+
+
+class StepLog:
+  """Fetches a step's metrics after the next step was dispatched."""
+
+  def __init__(
+    self,
+    config: Train,
+    steps: int,
+    first: int,
+    expected: float,
+    write: Callable,
+    report: Callable[[str], None],
+    saver,
+    directory: pathlib.Path,
+  ):
+    """Of a run from step `first` to `steps`.
+
+    Args:
+      expected: distinct warm and cold rows a device and step, by the plan.
+      write: (step, split, values), of `writer`.
+      saver, directory: of the checkpoints, to name the last good one.
+    """
+    self._expected = expected
+    self._every = config.log_every_steps
+    self._batch_size, self._steps = config.batch_size, steps
+    self._put, self._report = write, report
+    self._saver, self._directory = saver, directory
+    self._pending: tuple | None = None
+    self._window: list[dict] = []
+    self._since, self._at = time.monotonic(), first
+
+  def add(self, step: int, out: dict) -> None:
+    """Takes a step's metrics, still being computed.
+
+    Raises:
+      UserError: the loss of the step before is not finite.
+    """
+    self.flush()
+    self._pending = step, out
+
+  def flush(self) -> None:
+    """Waits for the last step's metrics; raises as `add`."""
+    if self._pending is None:
+      return
+    (step, out), self._pending = self._pending, None
+    out = {k: float(v) for k, v in jax.device_get(out).items()}
+    if not np.isfinite(out["loss"]):
+      self._saver.wait_until_finished()
+      last = self._saver.latest_step()
+      kept = f"checkpoint {last} in {self._directory}" if last else "nothing"
+      raise UserError(
+        f"the loss is {out['loss']} at step {step}; {kept} is kept as it was. "
+        "Lower train.learning_rate or embedding.learning_rate, or look at the "
+        "data of that step"
+      )
+    self._window.append(out)
+    if step % self._every == 0 or step == self._steps:
+      self._write(step)
+
+  def _write(self, step: int) -> None:
+    now = time.monotonic()
+    seconds = max(now - self._since, 1e-9)
+    rate = (step - self._at) / seconds
+    mean = {
+      k: float(np.mean([w[k] for w in self._window])) for k in self._window[0]
+    }
+    mean["rounds"] = max(w["rounds"] for w in self._window)
+    mean["samples_per_second"] = rate * self._batch_size
+    self._put(step, "train", mean)
+    self._report(
+      f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "
+      f"{mean['samples_per_second']:,.0f} samples/s, "
+      f"rounds {mean['rounds']:.0f}, "
+      f"distinct rows {mean['distinct_rows']:,.0f} "
+      f"(planned {self._expected:,.0f}), "
+      f"{(self._steps - step) / rate:.0f} s left"
+    )
+    self._window, self._since, self._at = [], now, step
