@@ -16,7 +16,7 @@ from recjax.config import Config, Data, Synthetic
 from recjax.data import blocks, criteo, prepare, staging, text, vocabulary
 from recjax.errors import UserError
 
-REAL = os.path.join(os.path.dirname(__file__), "..", "..", "shared", "data")
+REAL = os.path.join(os.path.dirname(__file__), *[".."] * 3, "shared", "data")
 CRITEO = os.path.join(REAL, "criteo_kaggle_80k.tsv.gz")
 needs_real_data = pytest.mark.skipif(
   not os.path.exists(CRITEO), reason=f"no {CRITEO}"

@@ -18,7 +18,7 @@ from recjax.errors import UserError
 from recjax.plan.plan import Plan
 from recjax.training import train
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def small_config(tmp_path) -> config_lib.Config:

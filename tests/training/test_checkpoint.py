@@ -336,7 +336,7 @@ def test_a_restore_never_holds_a_second_table(tmp_path):
   """122 MB of rows in 2 MB blocks: a few blocks, and what never grows."""
   run = lambda mode: subprocess.run(
     [sys.executable, "-c", MEASURE, mode, str(tmp_path)],
-    cwd=pathlib.Path(__file__).parents[1],
+    cwd=pathlib.Path(__file__).parents[2],
     capture_output=True,
     text=True,
   )

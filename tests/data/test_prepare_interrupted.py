@@ -44,7 +44,7 @@ except UserError as e:
 def run(train, directory, full=""):
   return subprocess.Popen(
     [sys.executable, "-c", SCRIPT, str(train), str(directory), full],
-    cwd=os.path.join(os.path.dirname(__file__), ".."),
+    cwd=os.path.join(os.path.dirname(__file__), "..", ".."),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,

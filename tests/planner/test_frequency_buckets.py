@@ -12,7 +12,7 @@ from recjax.frequency import Profile
 from recjax.planner import formulas, frequency_buckets
 from recjax.planner.frequency_buckets import Table
 
-DATA = pathlib.Path(__file__).parents[2] / "shared" / "data"
+DATA = pathlib.Path(__file__).parents[3] / "shared" / "data"
 CRITEO = DATA / "criteo_kaggle_80k.tsv.gz"
 MOVIELENS = DATA / "ml-1m" / "ratings.tsv.gz"
 

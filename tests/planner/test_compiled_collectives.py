@@ -104,10 +104,14 @@ def test_bfloat16_is_sent_as_two_bytes():
 
 def on_64_devices(code):
   """Runs code in a process of its own: this one has eight devices."""
-  here = pathlib.Path(__file__)
+  root = pathlib.Path(__file__).parents[2]
   code = f"import jax; jax.config.update('jax_num_cpu_devices', 64); {code}"
-  paths = [str(here.parents[1]), str(here.parent)]
-  env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+  folders = [
+    ".",
+    *(f"tests/{room}" for room in ("planner", "training", "embedding")),
+  ]
+  paths = os.pathsep.join(str(root / folder) for folder in folders)
+  env = os.environ | {"PYTHONPATH": paths}
   run = subprocess.run(
     [sys.executable, "-c", code], env=env, capture_output=True, text=True
   )
@@ -116,7 +120,7 @@ def on_64_devices(code):
 
 def test_on_64_devices():
   on_64_devices(
-    "import test_collectives as t; t.check(64); t.check(64, 'sparse')"
+    "import test_compiled_collectives as t; t.check(64); t.check(64, 'sparse')"
   )
 
 

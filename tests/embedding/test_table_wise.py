@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_train_step as dense
-from test_collectives import on_64_devices
+import test_step as dense
+from test_compiled_collectives import on_64_devices
 from test_compiled_step import big_plan
 
 from recjax.embedding import tables
@@ -205,7 +205,7 @@ def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
 
 
 def test_on_64_devices():
-  on_64_devices("import test_pooled as t; t.check_sent(64, 'float32')")
+  on_64_devices("import test_table_wise as t; t.check_sent(64, 'float32')")
 
 
 def test_tables_are_updated_in_place():

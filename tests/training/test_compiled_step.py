@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train_step import (
+from test_step import (
   BATCH,
   BOTH,
   COPIES,
