@@ -23,6 +23,7 @@ from recjax.planner import (
   step_cost,
   topology,
 )
+from recjax.planner import report as report_lib
 from recjax.planner import solve as solve_lib
 from recjax.planner.cut_points import Problem, Transport
 from recjax.planner.frequency_buckets import Spectrum, Table
@@ -112,7 +113,7 @@ def run(
 
   def draw():
     measured = None if serving else measured_seconds(workdir, result)
-    page = report.page(result, problem, placed, device_bytes, measured)
+    page = report_lib.page(result, problem, placed, device_bytes, measured)
     write(workdir / f"{name}.html", page)
 
   write(workdir / f"{name}.json", result.to_json())

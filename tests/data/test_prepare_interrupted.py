@@ -17,7 +17,7 @@ from recjax.data import prepare, vocabulary
 
 SCRIPT = """
 import resource, sys
-from recjax import prepare
+from recjax.data import prepare
 from recjax.config import Config, Data
 from recjax.errors import UserError
 train, directory, full = sys.argv[1:]

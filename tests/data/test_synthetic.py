@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recjax.config import Data, Synthetic
-from recjax.data import synthetic, text
+from recjax.data import criteo, synthetic, text
 from recjax.errors import UserError
 
 
@@ -78,8 +78,8 @@ def test_the_teacher_is_reachable_and_not_perfect(tmp_path):
   # The labels of the test part are the teacher's: its log loss is that of a
   # calibrated model, well under the base rate's entropy.
   paths = text.find(str(tmp_path / "logs" / "*.tsv"), "data.train")
-  criteo = Data()
-  chunks = criteo.chunks(criteo, criteo.schema(criteo), paths, text.BadRows(0))
+  plain = Data()
+  chunks = criteo.chunks(plain, criteo.schema(plain), paths, text.BadRows(0))
   label = np.concatenate([c.label for c in chunks])
   assert len(label) == 30_000
   base = label[-3_000:].mean()

@@ -150,10 +150,10 @@ def test_budgets_that_cannot_work(tmp_path):
 
 
 def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(write_plan.cuts, "HOT_SYNCS", ("dense",))
+  monkeypatch.setattr(write_plan.cut_points, "HOT_SYNCS", ("dense",))
   with pytest.raises(UserError, match=r"plan\.hot_sync: 'sparse'"):
     run(terabyte(plan__hot_sync="sparse"), tmp_path)
-  monkeypatch.setattr(write_plan.cuts, "HOT_SYNCS", ("dense", "sparse"))
+  monkeypatch.setattr(write_plan.cut_points, "HOT_SYNCS", ("dense", "sparse"))
   config = terabyte(plan__hot_sync="sparse", plan__hot_rows=1_000)
   plan, _ = run(config, tmp_path)
   assert plan.hot_sync == "sparse"

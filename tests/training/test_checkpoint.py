@@ -286,9 +286,11 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import pathlib
 import numpy as np, optax
-from recjax import checkpoint, sparse_optim, tables, train_step
+from recjax.embedding import optimizers, tables
 from recjax.mesh import make_mesh, replicated
-from recjax.plan import Plan
+from recjax.plan.plan import Plan
+from recjax.training import checkpoint
+from recjax.training import step as step_lib
 
 rows, dim = 1_000_000, 32
 checkpoint._BLOCK_BYTES = 2 << 20
