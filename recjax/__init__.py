@@ -1,1 +1,88 @@
-"""recjax: recommendation models whose tables outgrow the accelerators."""
+"""recjax: recommendation models with embedding tables larger than the devices.
+
+The public API; see recjax/api.py, README.md and docs/tutorial.ipynb.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from recjax.api import (
+    batches,
+    build,
+    evaluate,
+    make_plan,
+    predict,
+    prepare,
+    prepare_columns,
+    restore,
+    rows,
+    train,
+  )
+  from recjax.config import Config, TableRule
+  from recjax.embedding.embedding import Embedding, make_embedding
+  from recjax.embedding.lookup import forward
+  from recjax.embedding.tables import init as init_tables
+  from recjax.embedding.tables import specs as table_specs
+  from recjax.embedding.update import backward
+  from recjax.errors import UserError
+  from recjax.mesh import make_mesh, simulate_devices
+  from recjax.plan.plan import Plan
+  from recjax.schema import Feature
+
+# Loaded when they are asked for: data and plans need no JAX, and devices are
+# simulated before JAX starts.
+_HOMES = {
+  "recjax.api": (
+    *("batches", "build", "evaluate", "make_plan", "predict", "prepare"),
+    *("prepare_columns", "restore", "rows", "train"),
+  ),
+  "recjax.config": ("Config", "TableRule"),
+  "recjax.embedding.embedding": ("Embedding", "make_embedding"),
+  "recjax.embedding.lookup": ("forward",),
+  "recjax.embedding.tables": ("init_tables", "table_specs"),
+  "recjax.embedding.update": ("backward",),
+  "recjax.errors": ("UserError",),
+  "recjax.mesh": ("make_mesh", "simulate_devices"),
+  "recjax.plan.plan": ("Plan",),
+  "recjax.schema": ("Feature",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_INSIDE = {"init_tables": "init", "table_specs": "specs"}  # their names there
+
+__all__ = [
+  "Config",
+  "Embedding",
+  "Feature",
+  "Plan",
+  "TableRule",
+  "UserError",
+  "backward",
+  "batches",
+  "build",
+  "evaluate",
+  "forward",
+  "init_tables",
+  "make_embedding",
+  "make_mesh",
+  "make_plan",
+  "predict",
+  "prepare",
+  "prepare_columns",
+  "restore",
+  "rows",
+  "simulate_devices",
+  "table_specs",
+  "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOME_OF:
+    raise AttributeError(f"module 'recjax' has no attribute {name!r}")
+  home = importlib.import_module(_HOME_OF[name])
+  return getattr(home, _INSIDE.get(name, name))
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

@@ -1,8 +1,8 @@
 """The device mesh and the few shardings that recjax uses.
 
 A mesh has two levels, nodes and the devices of a node: fast links join the
-devices, a network the nodes. AXIS names both: a collective or a sharding over
-it sees n devices in a row, node by node.
+devices, a network the nodes. schema.AXES names both: a collective or a
+sharding over them sees n devices in a row, node by node.
 """
 
 import itertools
@@ -13,8 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from recjax import config as config_lib
 from recjax.errors import UserError
-
-AXIS = NODES, DEVICES = "node", "device"
+from recjax.schema import AXES
 
 
 def simulate_devices(devices: int, processes: int = 1) -> None:
@@ -62,7 +61,7 @@ def make_mesh(devices: int, node_devices: int = 0) -> Mesh:
   for _, group in itertools.groupby(found, lambda d: d.process_index):
     used += list(group)[: devices // jax.process_count()]
   nodes = np.array(used).reshape(-1, node_devices or devices)
-  return Mesh(nodes, AXIS, axis_types=(AxisType.Auto,) * 2)
+  return Mesh(nodes, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -70,4 +69,4 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  return NamedSharding(mesh, PartitionSpec(AXIS))
+  return NamedSharding(mesh, PartitionSpec(AXES))

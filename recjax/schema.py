@@ -1,16 +1,20 @@
-"""What a log holds and what a model looks up: tables, features, groups.
+"""What a log holds and what a model looks up: features, tables, groups.
 
 Dimensions, here and everywhere in recjax:
   B  global batch size          b  local batch size, B / n
-  n  devices of the mesh        P  processes
+  n  devices of the mesh        N  nodes, of g devices each
+  P  processes                  D  dense (numeric) inputs
   F  features                   S  lookup columns: the sum of the hotnesses
+  h  activations of a feature   d  embedding dim of a feature or group
   R  rows of a group            U  distinct rows of a local batch
-  D  dense (numeric) inputs     d  embedding dim
-  C  capacity of an exchange buffer, rows a peer and round
+  L  lookups of a local batch   C  capacity of an exchange buffer, rows a peer
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Literal
+
+NODE, DEVICE = AXES = ("node", "device")  # the mesh's axes, outer first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +35,26 @@ class Feature:
 
   @property
   def activations(self) -> int:
-    """Activations of width d that the feature gives a sample."""
+    """h, activations of width d that the feature gives a sample."""
     return self.hotness if self.pooling == "none" else 1
+
+
+def columns_of(features: Iterable[Feature]) -> dict[str, slice]:
+  """Returns each feature's columns of the `ids` array, by its name."""
+  found, at = {}, 0
+  for f in features:
+    found[f.name] = slice(at, at + f.hotness)
+    at += f.hotness
+  return found
+
+
+def activations_of(features: Iterable[Feature]) -> dict[str, slice]:
+  """Returns each feature's place among all A activations, by its name."""
+  found, at = {}, 0
+  for f in features:
+    found[f.name] = slice(at, at + f.activations)
+    at += f.activations
+  return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,4 +76,45 @@ class Schema:
 
   @property
   def weighted(self) -> bool:
+    """Whether lookups have weights."""
     return any(f.weighted for f in self.features)
+
+
+@dataclasses.dataclass(frozen=True)
+class TableSpec:
+  """How a table's rows are stored and trained."""
+
+  name: str
+  dim: int
+  dtype: str = "float32"  # or "bfloat16"
+  optimizer: str = "rowwise_adagrad"  # of embedding/optimizers.py
+  learning_rate: float = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class TableGroup:
+  """Tables of the same dim, dtype and optimizer: they share a row space."""
+
+  name: str
+  tables: tuple[str, ...]
+  dim: int
+  dtype: str
+  optimizer: str
+  learning_rate: float
+
+
+def groups_of(specs: Iterable[TableSpec]) -> tuple[TableGroup, ...]:
+  """The tables in groups, in the order of each group's first table."""
+  members: dict[tuple, list[str]] = {}
+  for s in specs:
+    key = (s.dim, s.dtype, s.optimizer, s.learning_rate)
+    members.setdefault(key, []).append(s.name)
+  kinds = [key[:3] for key in members]
+  groups = []
+  for key, tables in members.items():
+    dim, dtype, optimizer, rate = key
+    name = f"{optimizer}_{dtype}_{dim}"
+    if kinds.count(key[:3]) > 1:  # they differ in the learning rate alone
+      name += f"_{rate:g}"
+    groups.append(TableGroup(name, tuple(tables), *key))
+  return tuple(groups)

@@ -34,9 +34,9 @@ from recjax.embedding import optimizers
 from recjax.mesh import make_mesh, simulate_devices
 from recjax.plan.plan import Plan
 from recjax.planner import (
+  communication,
   compiled_collectives,
   cut_points,
-  formulas,
   frequency_buckets,
   presets,
 )
@@ -105,11 +105,11 @@ def kaggle() -> None:
         planned = sum(v for k, v in plan.sent if k != "host")
         distinct = float(problem.distinct(0, plan.rows))
         floor = sum(
-          formulas.coalesced_bytes(distinct, problem.work.wire_bytes, n)
+          communication.coalesced_bytes(distinct, problem.work.wire_bytes, n)
         )
-        table = sum(sum(formulas.pooled_bytes(1.0, b, 1, 4 * dim, n))
+        table = sum(sum(communication.pooled_bytes(1.0, b, 1, 4 * dim, n))
                     for _ in FEATURES)  # fmt: skip
-        row = sum(formulas.uncoalesced_bytes(len(FEATURES), b, 4 * dim, n))
+        row = sum(communication.uncoalesced_bytes(len(FEATURES), b, 4 * dim, n))
         print(
           f"{dim:4} {exponent:5} {wire:>9} {sent / b:>9,.1f} "
           f"{planned / b:>9,.1f} {floor / b:>9,.1f} {sent / floor:>6.3f} "
@@ -132,7 +132,7 @@ def nodes() -> None:
       )
       touched = problem.spectrum.touched(DEVICES * b)
       floor = np.sum(
-        formulas.two_stage_bytes(touched, 4 * dim, NODES, DEVICES)
+        communication.two_stage_bytes(touched, 4 * dim, NODES, DEVICES)
         * problem.spectrum.count
       )
       flat = 0.0
@@ -196,10 +196,12 @@ def multi_hot() -> None:
       w, owner = 4 * dim, dict(expected.pooled)
       assert expected.warm_slots >= max(MLPERF) or not owner
       coalesced = [
-        sum(formulas.coalesced_bytes(float(x @ problem.pi), w, n))
+        sum(communication.coalesced_bytes(float(x @ problem.pi), w, n))
         for x in s.of_table
       ]
-      pooled = [sum(formulas.pooled_bytes(1.0, b, h, w, n)) for h in MULTI_HOT]
+      pooled = [
+        sum(communication.pooled_bytes(1.0, b, h, w, n)) for h in MULTI_HOT
+      ]
       ours = [
         p if t.name in owner else c
         for t, c, p in zip(rows, coalesced, pooled, strict=True)

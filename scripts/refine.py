@@ -95,8 +95,8 @@ def timed_steps(mesh, t: topology.Topology) -> list[Timed]:
 def refined(t: topology.Topology, steps: list[Timed]) -> topology.Topology:
   """Rates that whole train steps show, near those of single operations.
 
-  The model of a step (planner/step_cost.py) is a sum of terms, each as long as one
-  rate says. The factors f of the rates minimise the squares of the relative
+  The model of a step (planner/step_cost.py) is a sum of terms, each as long as
+  one rate says. The factors f of the rates minimise the squares of the relative
   errors of measured steps, plus `_TRUST` (f - 1)^2 each: a step's operations
   run in another neighbourhood than alone.
   """

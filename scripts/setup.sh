@@ -24,12 +24,18 @@ elif [ -e /dev/accel0 ] || ls /dev/vfio/[0-9]* >/dev/null 2>&1; then
   extras="tpu${extras:+,$extras}"
 fi
 
-# Installed once for a given pyproject.toml and set of extras.
+# The versions that the tests ran with, where there is a list for this Python.
+constraints=constraints/python$(.venv/bin/python -c \
+  'import sys; print("%d.%d" % sys.version_info[:2])').txt
+[ -f "$constraints" ] || constraints=""
+
+# Installed once for given project files and set of extras.
 stamp=".venv/installed-${extras:-plain}"
-want=$(cksum <pyproject.toml)
+want=$(cat pyproject.toml ${constraints:+"$constraints"} | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
   echo "installing recjax${extras:+[$extras]} into .venv"
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    ${constraints:+--constraint "$constraints"} \
     --editable ".${extras:+[$extras]}" || fail "pip could not install recjax"
   echo "$want" >"$stamp"
 fi

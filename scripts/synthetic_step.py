@@ -23,7 +23,7 @@ from recjax.mesh import batch_sharding, replicated
 from recjax.models import dlrm
 from recjax.plan import positions
 from recjax.plan.plan import Plan
-from recjax.planner import formulas, frequency_buckets, step_cost, topology
+from recjax.planner import buffer_sizes, frequency_buckets, step_cost, topology
 from recjax.planner import solve as solve_lib
 from recjax.planner.cut_points import Problem
 from recjax.schema import Feature
@@ -108,7 +108,7 @@ def draw(setting: Setting, mesh, count: int) -> Drawn:
   p = [np.arange(1, r + 1.0) ** -setting.exponent for r in setting.tables]
   p = [x / x.sum() for x in p]
   touched = [
-    formulas.bag_probability(x, f.hotness)
+    buffer_sizes.bag_probability(x, f.hotness)
     for x, f in zip(p, features, strict=True)
   ]
   order = np.argsort(-np.concatenate(touched), kind="stable")

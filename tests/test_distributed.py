@@ -10,13 +10,12 @@ import time
 
 import numpy as np
 import pytest
-from test_train import lines, quiet
+from helpers import lines, quiet
 
 from recjax import config as config_lib
-from recjax import distributed
+from recjax import distributed, jobs
 from recjax import mesh as mesh_lib
 from recjax.errors import UserError
-from recjax.training import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY = 120, 20  # of training; between checkpoints
@@ -106,7 +105,7 @@ def alone(tmp_path_factory):
   workdir = tmp_path_factory.mktemp("alone")
   c = config()
   c.checkpoint.keep = STEPS
-  return workdir, train.train(c, workdir, quiet)
+  return workdir, jobs.train(c, workdir, quiet)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +177,7 @@ def test_one_process_evaluates_what_two_trained(together):
   c = config()
   c.mesh.devices = 8
   c.plan.hot_rows = c.plan.warm_rows = 0
-  got = train.evaluate_checkpoint(c, together, quiet)
+  got = jobs.evaluate(c, together, quiet)
   want = lines(together, "test")[-1]
   for name, value in got.items():
     np.testing.assert_allclose(value, want[name], atol=1e-6)

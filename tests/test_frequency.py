@@ -1,4 +1,4 @@
-"""Counts -> coverage and fitted exponent."""
+"""Counts -> coverage, fitted exponent, and the row spaces of groups."""
 
 import numpy as np
 import pytest
@@ -65,3 +65,56 @@ def test_the_integral_over_many_ranks_equals_the_sum(s):
 @pytest.mark.parametrize("counts", [[], [5], [0, 0, 0]])
 def test_no_exponent_without_two_rows_and_an_access(counts):
   assert np.isnan(frequency.fit_exponent(np.array(counts, np.int64)))
+
+
+@st.composite
+def profiles(draw):
+  tables = tuple("abcde"[: draw(st.integers(1, 5))])
+  rows = draw(st.integers(0, 60))
+  counts = np.sort(
+    np.array(draw(st.lists(st.integers(0, 30), min_size=rows, max_size=rows)))
+  )[::-1]
+  table = draw(
+    st.lists(st.integers(0, len(tables) - 1), min_size=rows, max_size=rows)
+  )
+  return profile(counts, table, tables)
+
+
+@settings(max_examples=60, deadline=None)
+@given(profiles(), st.integers(1, 9), st.data())
+def test_groups_have_their_tables_rows_in_rank_order(p, rows, data):
+  """Against a plain walk over the rows, in slices of any length."""
+  order = data.draw(st.permutations(p.tables))
+  cut = data.draw(st.integers(0, len(order)))
+  groups = [g for g in (order[:cut], order[cut:]) if g]
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(frequency, "_SLICE", rows)
+    ranks = frequency.group_ranks(p, groups)
+    parts = [p.of_tables(g) for g in groups]
+    sizes = p.table_rows()
+  assert (ranks.dtype, ranks.shape) == (np.int32, (p.rows,))
+  names = [p.tables[i] for i in p.table]
+  assert sizes == {t: names.count(t) for t in p.tables}
+  for group, part in zip(groups, parts, strict=True):
+    theirs = [r for r, name in enumerate(names) if name in group]
+    assert part.tables == tuple(group)
+    assert part.samples == p.samples
+    assert [part.tables[i] for i in part.table] == [names[r] for r in theirs]
+    np.testing.assert_array_equal(part.counts, p.counts[theirs])
+    np.testing.assert_array_equal(ranks[theirs], np.arange(len(theirs)))
+
+
+def test_all_tables_are_the_profile_itself():
+  p = profile([3, 2, 1], [0, 1, 0])
+  assert p.of_tables(["a", "b"]) is p
+
+
+@pytest.mark.parametrize("groups", [["a"], ["ab", "b"], ["ab", "c"]])
+def test_every_table_is_in_one_group(groups):
+  with pytest.raises(ValueError, match="must be in one group"):
+    frequency.group_ranks(profile([2, 1]), groups)
+
+
+def test_an_exponent_outside_of_the_range_is_its_end():
+  assert frequency.fit_exponent(np.array([7, 7, 7])) == 0.0
+  assert frequency.fit_exponent(np.array([5, 0, 0])) == 10.0

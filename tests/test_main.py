@@ -37,6 +37,10 @@ CASES = {
     ("--config", "configs/nothing.py"),
     ["--config: ", "No such file", "'configs/nothing.py'"],
   ),
+  "unknown name": (
+    ("--config=quikstart",),
+    ["--config: ", "'quikstart'", "it has", "quickstart"],
+  ),
   "typo": (
     (*CONFIG, "--config.train.bach_size=3"),
     ["did you mean train.batch_size?"],

@@ -7,12 +7,13 @@ from jax.sharding import AxisType
 
 from recjax import mesh as mesh_lib
 from recjax.errors import UserError
+from recjax.schema import AXES
 
 
 @pytest.mark.parametrize(("asked", "got"), [(1, 1), (2, 2), (8, 8), (0, 8)])
 def test_mesh_of_the_first_devices(asked, got):
   mesh = mesh_lib.make_mesh(asked)
-  assert mesh.axis_names == mesh_lib.AXIS
+  assert mesh.axis_names == AXES
   assert mesh.axis_types == (AxisType.Auto,) * 2
   assert mesh.devices.tolist() == [jax.devices()[:got]]
 

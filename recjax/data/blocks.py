@@ -1,4 +1,4 @@
-"""Blocks of samples: a tensorflow-datasets builder in ArrayRecord.
+"""Blocks of samples on disk: a tensorflow-datasets builder in ArrayRecord.
 
 An example holds thousands of samples as a few arrays in raw bytes, so that
 reading one is a copy. `tfds.builder_from_directory` reads it anywhere; neither
@@ -16,7 +16,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from recjax.errors import UserError
 from recjax.schema import Schema
 
-_SHARD_BYTES = 1 << 28  # about, before compression
+_NAME = "recjax_blocks"
+_FILE_BYTES = 1 << 28  # about, before compression
 
 
 def features(schema: Schema) -> dict[str, tuple[tuple, type]]:
@@ -38,24 +39,41 @@ def write(
   block_samples: int,
   directory: str,
 ) -> dict[str, int]:
-  """Writes 'train' and 'test' into a new directory; returns samples of each.
+  """Writes the blocks of 'train' and 'test' into a new directory.
 
   Args:
     parts: (split, arrays of samples), in time order; see `features`.
     schema: of the samples.
     block_samples: of a block; the last block of a split may have fewer.
     directory: must not exist.
+
+  Returns:
+    Samples of each split.
   """
   os.makedirs(directory)
+  info = _info(schema, directory)
+  writers = {
+    name: _SplitWriter(info, schema, name, block_samples)
+    for name in ("train", "test")
+  }
+  for name, part in parts:
+    writers[name].add(part)
+  splits = [writer.close() for writer in writers.values()]
+  info.set_splits(tfds.core.SplitDict(splits))
+  info.write_to_directory(directory)
+  return {name: writer.samples for name, writer in writers.items()}
+
+
+def _info(schema: Schema, directory: str) -> tfds.core.DatasetInfo:
+  """What tensorflow-datasets has to know to read the blocks."""
   arrays = features(schema)
-  identity = tfds.core.dataset_info.DatasetIdentity(
-    name="recjax_blocks",
-    version=tfds.core.Version("1.0.0"),
-    data_dir=directory,
-    module_name="recjax.data.blocks",
-  )
   info = tfds.core.DatasetInfo(
-    builder=identity,
+    builder=tfds.core.dataset_info.DatasetIdentity(
+      name=_NAME,
+      version=tfds.core.Version("1.0.0"),
+      data_dir=directory,
+      module_name="recjax.data.blocks",
+    ),
     description="Blocks of samples, in time order; ids are ranks, -1 = none.",
     features=tfds.features.FeaturesDict(
       {
@@ -66,63 +84,79 @@ def write(
     disable_shuffling=True,
   )
   info.set_file_format("array_record")
-  serializer = tfds.core.example_serializer.ExampleSerializer(
-    info.features.get_serialized_info()
-  )
-  width = 4 * sum(np.prod(s[1:], dtype=int) for s, _ in arrays.values())
-  shard_blocks = max(1, _SHARD_BYTES // (width * block_samples))
-  names = ("train", "test")
-  shards = {name: _Shards(directory, name, shard_blocks) for name in names}
-  rest: dict[str, list[dict]] = {name: [] for name in names}
-  samples = dict.fromkeys(names, 0)
-
-  def flush(name, last=False):
-    waiting = sum(len(part["label"]) for part in rest[name])
-    if waiting < block_samples and not (last and waiting):
-      return
-    joined = {a: np.concatenate([p[a] for p in rest[name]]) for a in arrays}
-    full = waiting if last else waiting - waiting % block_samples
-    for i in range(0, full, block_samples):
-      block = {
-        a: x[i : min(i + block_samples, full)] for a, x in joined.items()
-      }
-      example = serializer.get_tf_example(info.features.encode_example(block))
-      # The arrays are a map, whose order differs between runs if it may.
-      shards[name].write(example.SerializeToString(deterministic=True))
-    rest[name] = [{a: x[full:] for a, x in joined.items()}]
-    samples[name] += full
-
-  for name, part in parts:
-    rest[name].append({a: part[a] for a in arrays})
-    flush(name)
-  for name in names:
-    flush(name, last=True)
-  splits = [shards[name].close() for name in names]
-  info.set_splits(tfds.core.SplitDict(splits))
-  info.write_to_directory(directory)
-  return samples
+  return info
 
 
-class _Shards:
-  """The files of a split, each of so many blocks.
+class _SplitWriter:
+  """Packs the samples of a split into blocks, and these into files.
 
   As tfds.core.SequentialWriter, whose bytes differ from run to run.
   """
 
-  def __init__(self, directory: str, split: str, blocks: int):
-    self.split, self.blocks = split, blocks
+  def __init__(
+    self,
+    info: tfds.core.DatasetInfo,
+    schema: Schema,
+    split: str,
+    block_samples: int,
+  ):
+    self.info, self.split, self.block_samples = info, split, block_samples
+    self.arrays = features(schema)
+    self.serializer = tfds.core.example_serializer.ExampleSerializer(
+      info.features.get_serialized_info()
+    )
+    shapes = [shape[1:] for shape, _ in self.arrays.values()]
+    block_bytes = 4 * block_samples * sum(np.prod(s, dtype=int) for s in shapes)
+    self.file_blocks = max(1, _FILE_BYTES // block_bytes)
     self.template = tfds.core.ShardedFileTemplate(
-      data_dir=directory,
-      dataset_name="recjax_blocks",
+      data_dir=info.data_dir,
+      dataset_name=_NAME,
       split=split,
       filetype_suffix="array_record",
       template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",
     )
-    self.lengths, self.bytes = [], 0
+    self.waiting: list[dict[str, np.ndarray]] = []  # in no block yet
+    self.samples = self.bytes = 0
+    self.lengths: list[int] = []  # blocks of each file
     self.writer: ArrayRecordWriter | None = None
 
-  def write(self, example: bytes) -> None:
-    if self.writer is None or self.lengths[-1] == self.blocks:
+  def add(self, part: dict[str, np.ndarray]) -> None:
+    """Takes samples; writes the blocks that are full then."""
+    self.waiting.append({a: part[a] for a in self.arrays})
+    samples = sum(len(p["label"]) for p in self.waiting)
+    self._pack(samples - samples % self.block_samples)
+
+  def close(self) -> tfds.core.splits.SplitInfo:
+    """Writes what waits, as a last block; says what there is."""
+    self._pack(sum(len(p["label"]) for p in self.waiting))
+    self._close_file()
+    return tfds.core.splits.SplitInfo(
+      name=self.split,
+      shard_lengths=self.lengths,
+      num_bytes=self.bytes,
+      filename_template=self.template,
+    )
+
+  def _pack(self, samples: int) -> None:
+    """Writes the first of the samples that wait."""
+    if not samples:
+      return
+    joined = {
+      a: np.concatenate([p[a] for p in self.waiting]) for a in self.arrays
+    }
+    for i in range(0, samples, self.block_samples):
+      stop = min(i + self.block_samples, samples)
+      block = {a: x[i:stop] for a, x in joined.items()}
+      self._write(self.info.features.encode_example(block))
+    self.waiting = [{a: x[samples:] for a, x in joined.items()}]
+    self.samples += samples
+
+  def _write(self, block: dict) -> None:
+    # The arrays are a map, whose order differs between runs if it may.
+    example = self.serializer.get_tf_example(block).SerializeToString(
+      deterministic=True
+    )
+    if self.writer is None or self.lengths[-1] == self.file_blocks:
       self._close_file()
       path = self.template.sharded_filepath(
         shard_index=len(self.lengths), num_shards=None
@@ -138,36 +172,38 @@ class _Shards:
       self.writer.close()
       self.writer = None
 
-  def close(self) -> tfds.core.splits.SplitInfo:
-    self._close_file()
-    return tfds.core.splits.SplitInfo(
-      name=self.split,
-      shard_lengths=self.lengths,
-      num_bytes=self.bytes,
-      filename_template=self.template,
-    )
-
 
 class Blocks:
-  """The blocks of a split, read at random; and their sizes.
+  """Reads blocks of a split at random.
 
-  Raises:
-    UserError: the files are missing or damaged.
+  Attributes:
+    sizes: [blocks] int64, samples of each.
   """
 
   def __init__(
     self, directory: str, split: str, samples: int, block_samples: int
   ):
+    """Opens the files.
+
+    Args:
+      directory: that `write` wrote.
+      split: 'train' or 'test'.
+      samples: of the split.
+      block_samples: of all blocks but the last.
+
+    Raises:
+      UserError: the files are missing or damaged; reading blocks raises it too.
+    """
     self.directory = directory
     with self._reading():
       builder = tfds.builder_from_directory(directory)
       self.source = builder.as_data_source(split)
     n = len(self.source)
-    self.sizes = np.full(n, block_samples, np.int64)  # samples of each block
+    self.sizes = np.full(n, block_samples, np.int64)
     self.sizes[-1] = samples - block_samples * (n - 1)
 
-  def __getitem__(self, indices) -> dict[str, np.ndarray]:
-    """The samples of these blocks, one block after the other."""
+  def __getitem__(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
+    """Reads the samples of these blocks, one block after the other."""
     with self._reading():
       blocks = self.source.__getitems__([int(i) for i in indices])
       joined = {a: np.concatenate([b[a] for b in blocks]) for a in blocks[0]}
@@ -177,6 +213,7 @@ class Blocks:
 
   @contextlib.contextmanager
   def _reading(self) -> Iterator[None]:
+    """Turns what a damaged file leads to into a UserError."""
     try:
       yield
     except Exception as e:  # of protobuf, ArrayRecord, numpy: no common type

@@ -1,11 +1,13 @@
 """MovieLens-1M: ratings with what is known of the user and the movie.
 
-A directory holds ratings.dat (the original: user::movie::rating::timestamp) or
+A folder holds ratings.dat (the original: user::movie::rating::timestamp) or
 ratings.tsv[.gz] (user, movie, rating; no time), and users.dat and movies.dat
-(latin-1). A like is a rating of at least 4. Genres are a bag.
+(latin-1). The label is whether the rating is at least 4. A movie's genres are
+a bag, separated by '|'.
 """
 
 import os
+import tempfile
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -15,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tensorflow_datasets as tfds
 
+from recjax import files
 from recjax.config import Data
-from recjax.data import criteo, text
-from recjax.data.criteo import Chunk
-from recjax.data.text import BadRows
+from recjax.data import text
+from recjax.data.chunks import Chunk, encode
+from recjax.data.text import DamagedLines
 from recjax.errors import UserError
 from recjax.schema import Feature, Schema
 
@@ -29,14 +32,17 @@ _ROWS = 1 << 17  # of a chunk
 
 
 def schema(data: Data) -> Schema:
-  """Seven features, no dense input; the longest list of genres has six."""
+  """Seven features and no dense input; the longest list of genres has six."""
   one_hot = ("user", "movie", *_USER)
   genres = Feature("genres", "genres", 6, data.pooling)
   return Schema((), (*(Feature(n, n) for n in one_hot), genres))
 
 
 def sources(data: Data) -> dict[str, tuple[str, ...]]:
-  """{'data.train': (ratings, users, movies)}; downloads where it is empty.
+  """Finds the files of ratings, users and movies; downloads them if none is.
+
+  Returns:
+    {'data.train': (ratings, users, movies)}.
 
   Raises:
     UserError: files are missing, or cannot be downloaded.
@@ -65,9 +71,10 @@ def sources(data: Data) -> dict[str, tuple[str, ...]]:
 
 
 def _download() -> str:
-  """ml-1m.zip through tensorflow-datasets, which knows its checksum.
+  """Downloads and unpacks ml-1m.zip, once; returns its folder.
 
-  Not through its movielens builder: that needs TensorFlow to read the files.
+  Through tensorflow-datasets, which knows the checksum, but not through its
+  movielens builder: that needs TensorFlow to read the files.
   """
   target = os.path.join(tfds.core.constants.DATA_DIR, "downloads")
   extracted = os.path.join(target, "extracted", "ml-1m")
@@ -84,10 +91,11 @@ def _download() -> str:
       force_checksums_validation=True,
     )
     path = manager.download(URL)
-    part = extracted + ".part"
-    with zipfile.ZipFile(os.fspath(path)) as file:
-      file.extractall(part)
-    os.replace(os.path.join(part, "ml-1m"), extracted)
+    os.makedirs(os.path.dirname(extracted), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+      with zipfile.ZipFile(os.fspath(path)) as file:
+        file.extractall(scratch)
+      files.move_folder(os.path.join(scratch, "ml-1m"), extracted)
   except Exception as e:  # whatever stops a download
     raise UserError(
       f"MovieLens-1M cannot be downloaded from {URL} ({e}): fetch and unpack it"
@@ -97,9 +105,15 @@ def _download() -> str:
 
 
 def chunks(
-  data: Data, inputs: Schema, paths: tuple[str, ...], bad: BadRows
+  data: Data, inputs: Schema, paths: tuple[str, ...], damaged: DamagedLines
 ) -> Iterator[Chunk]:
-  """The ratings in the order of their time, where they have one.
+  """Reads the ratings, in the order of their time where they have one.
+
+  Args:
+    data: the config.
+    inputs: see `schema`.
+    paths: of ratings, users and movies.
+    damaged: takes damaged lines.
 
   Raises:
     UserError: a file that cannot be read, more damaged lines than allowed, a
@@ -112,9 +126,9 @@ def chunks(
       f"data.split=time needs times, which {ratings} does not have: use the"
       " original ratings.dat, or data.split=random"
     )
-  table = _ratings(ratings, dat, bad)
-  of_user = _side(users, 5, bad)
-  of_movie = _side(movies, 3, bad)
+  table = _ratings(ratings, dat, damaged)
+  of_user = _side(users, 5, damaged)
+  of_movie = _side(movies, 3, damaged)
 
   user = _index(table["user"], of_user)
   for i, name in enumerate(_USER, start=1):
@@ -127,21 +141,27 @@ def chunks(
   for start in range(0, len(table), _ROWS):
     part = table.slice(start, _ROWS)
     label = pc.greater_equal(part["rating"], 4).to_numpy()
+    cells = {f.name: part[f.name].combine_chunks() for f in inputs.features}
     yield Chunk(
       label=label.astype(np.float32),
       dense=np.empty((len(part), 0), np.float32),
       read=(start + len(part)) / len(table),
-      **criteo.encode(inputs, part),
+      **encode(inputs, cells),
     )
 
 
 def _index(ids: pa.ChunkedArray, side: list[list[str]]) -> pa.Array:
-  """The row of `side` with this id; one past the last where there is none."""
+  """Finds each id's row of `side`; one past the last where there is none."""
   found = pc.index_in(ids, pa.array([row[0] for row in side], pa.string()))
   return pc.fill_null(found, len(side)).combine_chunks()
 
 
-def _ratings(path: str, dat: bool, bad: BadRows) -> pa.Table:
+def _ratings(path: str, dat: bool, damaged: DamagedLines) -> pa.Table:
+  """Reads ratings.dat, sorted by time, or ratings.tsv, as it is.
+
+  Raises:
+    UserError: more damaged lines than allowed, or no other.
+  """
   kinds = {"user": "text", "movie": "text", "rating": "int"}
   if dat:
     kinds["timestamp"] = "int"
@@ -162,7 +182,7 @@ def _ratings(path: str, dat: bool, bad: BadRows) -> pa.Table:
   columns = text.Columns(
     kinds, convert, explain, separator=b"::" if dat else b"\t"
   )
-  found = [part for part, _ in text.parse(path, columns, bad)]
+  found = [part for part, _ in text.parse(path, columns, damaged)]
   if not found:
     raise UserError(f"{path}: no undamaged line")
   table = pa.concat_tables(found).combine_chunks()
@@ -172,8 +192,14 @@ def _ratings(path: str, dat: bool, bad: BadRows) -> pa.Table:
   return table
 
 
-def _side(path: str, fields: int, bad: BadRows) -> list[list[str]]:
-  """The lines of users.dat or movies.dat, split."""
+def _side(path: str, fields: int, damaged: DamagedLines) -> list[list[str]]:
+  """Splits the lines of users.dat or movies.dat into fields.
+
+  Args:
+    path: of the file.
+    fields: how many a line has.
+    damaged: takes the lines with another number.
+  """
   rows = []
   with open(path, encoding="latin-1") as file:
     for number, line in enumerate(file, start=1):
@@ -181,7 +207,7 @@ def _side(path: str, fields: int, bad: BadRows) -> list[list[str]]:
       if len(row) == fields:
         rows.append(row)
       else:
-        bad.add(
+        damaged.add(
           path, number, "", f"{len(row)} fields where {fields} are expected"
         )
   return rows

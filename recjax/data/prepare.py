@@ -3,11 +3,11 @@
 Four passes, each streaming with bounded memory:
 
 1. stage: parse the logs into chunks whose categorical cells are codes into the
-   chunk's own list of distinct values (data/criteo.py).
+   chunk's own list of distinct values (staging.py).
 2. count: sum the counts of those lists over the training split; keep ids with
-   `min_count`; sort by count. The result is the vocabulary (data/vocabulary.py).
+   `min_count`; sort by count. The result is the vocabulary (vocabulary.py).
 3. remap: join the lists with the vocabulary: code -> rank, chunk by chunk.
-4. pack: ranks in blocks of thousands of samples, in time order (data/blocks.py).
+4. pack: ranks in blocks of thousands of samples, in time order (blocks.py).
 """
 
 import dataclasses
@@ -16,97 +16,32 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from recjax.config import Config
-from recjax.data import blocks, staging, text, vocabulary
+from recjax import config_check, files
+from recjax.config import Config, Data
+from recjax.data import blocks, prepared, staging, synthetic, text, vocabulary
+from recjax.data.columns import Columns
+from recjax.data.prepared import Prepared
+from recjax.data.split import Split
+from recjax.data.staging import Reader, Staged
 from recjax.errors import UserError
-from recjax.frequency import Profile
-from recjax.schema import Feature, Schema
+from recjax.progress import Progress
+from recjax.schema import Schema
 
-VERSION = 1  # of the prepared data; other versions are not read
-BLOCKS = "blocks"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-  """A prepared data set: where it is, and what it holds."""
-
-  directory: str
-  schema: Schema
-  profile: Profile
-  samples: dict[str, int]  # of 'train' and 'test'
-  vocabulary: str  # fingerprint: sha256 of the vocabulary's content
-  settings: dict  # what it was made with
-  teacher: dict | None = None  # synthetic: auc, log_loss of the test split
-
-
-# Loading
-
-
-def load(directory: str) -> Prepared:
-  """The prepared data set in `directory`.
-
-  Raises:
-    UserError: there is none, it is unfinished or damaged.
-  """
-  path = os.path.join(directory, "prepared.json")
-  try:
-    with open(path, encoding="utf-8") as f:
-      found = json.load(f)
-    if found["version"] != VERSION:
-      raise UserError(
-        f"{path} has version {found['version']}, this recjax reads version"
-        f" {VERSION}: delete {directory} and prepare again"
-      )
-    schema = Schema(
-      tuple(found["schema"]["dense"]),
-      tuple(Feature(**f) for f in found["schema"]["features"]),
-    )
-    samples = found["samples"]
-    path = os.path.join(directory, vocabulary.FILE)
-    return Prepared(
-      directory,
-      schema,
-      vocabulary.read_profile(path, schema.tables, samples["train"]),
-      samples,
-      found["vocabulary"],
-      found["settings"],
-      found["teacher"],
-    )
-  except FileNotFoundError as e:
-    raise UserError(
-      f"{directory} holds no prepared data set ({e.filename} is missing):"
-      " run with --mode=prepare"
-    ) from e
-  except (KeyError, TypeError, ValueError, pa.ArrowInvalid) as e:
-    raise UserError(
-      f"{directory} is damaged ({type(e).__name__}: {e}): delete it and"
-      " prepare again"
-    ) from e
-
-
-def copy_vocabulary(prepared: Prepared, directory: str) -> str:
-  """Copies the vocabulary file into `directory`; returns its path there."""
-  os.makedirs(directory, exist_ok=True)
-  target = os.path.join(directory, vocabulary.FILE)
-  part = target + ".part"
-  shutil.copyfile(os.path.join(prepared.directory, vocabulary.FILE), part)
-  os.replace(part, target)
-  return target
-
-
-# Preparing
+Report = Callable[[str], None]
 
 
 def prepare(
   config: Config,
   directory: str,
-  report: Callable[[str], None] = print,
+  report: Report = print,
+  columns: Columns | None = None,
 ) -> Prepared:
   """Prepares the logs of `config.data`, or loads them where that is done.
 
@@ -115,30 +50,32 @@ def prepare(
   pass, when it is of the same logs and settings.
 
   Args:
-    config: see `config.data`.
+    config: of which `data` matters.
     directory: for this data set only.
     report: takes lines of progress.
+    columns: samples in memory, instead of logs.
 
   Raises:
     UserError: damaged or missing logs, settings that do not fit, a full disk,
       or a data set made from other logs or settings.
   """
+  config_check.check(config)
   directory = directory.rstrip("/")
-  schema = staging.format_of(config.data).schema(config.data)
-  settings = _settings(config)
-  if os.path.exists(os.path.join(directory, "prepared.json")):
-    prepared = load(directory)
-    _check_same(prepared.settings, settings, directory)
-    _remove(os.path.join(directory, "stage"))
-    return prepared
+  reader = columns or staging.FORMATS[config.data.format]
+  settings = _settings(config.data, reader)
+  if prepared.exists(directory):
+    found = prepared.load(directory)
+    _check_same(found.settings, settings, directory)
+    _remove(os.path.join(directory, staging.FOLDER))
+    return found
   if os.path.exists(directory) and os.listdir(directory):
     raise UserError(
       f"{directory} holds other files but no prepared data set: delete it or"
       " use another --workdir"
     )
   try:
-    _prepare(config, schema, settings, f"{directory}.unfinished", report)
-    os.replace(f"{directory}.unfinished", directory)
+    _run(config.data, settings, f"{directory}.unfinished", report, reader)
+    files.move_folder(f"{directory}.unfinished", directory)
   except (OSError, duckdb.Error, RuntimeError) as e:
     if not _disk_full(e):
       if isinstance(e, duckdb.OutOfMemoryException):
@@ -152,16 +89,17 @@ def prepare(
       f"no space left on the disk of {directory} while preparing ({free:,}"
       f" MiB free; {e}): free some and run again, or use another --workdir"
     ) from e
-  _remove(os.path.join(directory, "stage"))
-  return load(directory)
+  _remove(os.path.join(directory, staging.FOLDER))
+  return prepared.load(directory)
 
 
 def _disk_full(e: BaseException) -> bool:
+  """Whether the error means that nothing more can be written."""
   if isinstance(e, OSError) and e.errno:
     return e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-  text = str(e).lower()
+  message = str(e).lower()
   return any(
-    s in text
+    s in message
     for s in ("no space left", "file too large", "quota", "max_temp_directory")
   )
 
@@ -171,50 +109,15 @@ def _remove(path: str) -> None:
     shutil.rmtree(path)
 
 
-def _write_json(path: str, content: dict) -> None:
-  """Atomically: all of it or none, also after a power cut."""
-  with open(path + ".part", "w", encoding="utf-8") as f:
-    json.dump(content, f, indent=1)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(path + ".part", path)
+# ---- Settings
 
 
-def _read_json(path: str) -> dict | None:
-  """None where there is no such file."""
-  try:
-    with open(path, encoding="utf-8") as f:
-      return json.load(f)
-  except FileNotFoundError:
-    return None
-
-
-# Settings
-
-
-def _settings(config: Config) -> dict:
+def _settings(data: Data, reader: Reader) -> dict[str, Any]:
   """All that the prepared data depends on, by value; logs by a fingerprint.
 
   Raises:
-    UserError: a value out of its range; no such logs.
+    UserError: there are no such logs.
   """
-  data = config.data
-  if not 0 < data.test_fraction < 1:
-    raise UserError(
-      f"data.test_fraction is {data.test_fraction}: give a share between 0 and"
-      " 1"
-    )
-  for name, least in (
-    ("block_samples", 1),
-    ("min_count", 0),
-    ("max_bad_rows", 0),
-    ("seed", 0),
-    ("memory_mb", 128),
-  ):
-    if getattr(data, name) < least:
-      raise UserError(
-        f"data.{name} is {getattr(data, name)}: give at least {least}"
-      )
   names = ["format", "pooling", "min_count", "block_samples"]
   names += ["hotness", "weighted"]
   if not data.test:
@@ -222,18 +125,21 @@ def _settings(config: Config) -> dict:
     if data.split == "random":
       names += ["seed"]
   settings = {f"data.{name}": getattr(data, name) for name in names}
-  if data.format == "synthetic":
+  if isinstance(reader, Columns):
+    reader.sources(data)
+    settings["columns"] = reader.fingerprint()
+  elif data.format == "synthetic":
     settings["data.seed"] = data.seed
     for name, value in dataclasses.asdict(data.synthetic).items():
       settings[f"data.synthetic.{name}"] = value
   else:
-    for field, paths in staging.format_of(data).sources(data).items():
+    for field, paths in reader.sources(data).items():
       settings[field] = [_fingerprint(path) for path in paths]
   return json.loads(json.dumps(settings))  # as it reads back
 
 
 def _fingerprint(path: str) -> str:
-  """Name, size and a hash of the first and last MiB: cheap for any size."""
+  """A file's name, size and hash of its first and last MiB: soon computed."""
   size = os.path.getsize(path)
   with open(path, "rb") as f:
     digest = hashlib.sha256(f.read(1 << 20))
@@ -242,7 +148,10 @@ def _fingerprint(path: str) -> str:
   return f"{os.path.basename(path)} {size} {digest.hexdigest()[:32]}"
 
 
-def _check_same(old: dict, new: dict, directory: str) -> None:
+def _check_same(
+  old: dict[str, Any], new: dict[str, Any], directory: str
+) -> None:
+  """Raises UserError where the settings of a data set differ."""
   differ = [
     f"{k} was {text.shown(old.get(k))}, is now {text.shown(new.get(k))}"
     for k in sorted(old.keys() | new.keys())
@@ -256,80 +165,167 @@ def _check_same(old: dict, new: dict, directory: str) -> None:
     )
 
 
-# The passes
+# ---- The passes
 
 
-def _prepare(config, schema, settings, directory, report) -> None:
-  """All passes, in `directory`; those that are done there are not repeated."""
-  data = config.data
-  at = os.path.join(directory, "stage")
-  key = settings | {"data.max_bad_rows": data.max_bad_rows}
-  staged = _read_json(os.path.join(at, "staged.json"))
-  if staged is None or staged["settings"] != key:
-    _remove(directory)
-    os.makedirs(at)
-    staged = staging.write(data, schema, directory, report) | {"settings": key}
-    _write_json(os.path.join(at, "staged.json"), staged)
-  split = staging.Split(data, staged["train_rows"], staged["rows"])
-  if not 0 < split.train < split.total:
-    raise UserError(
-      f"the logs hold {split.total:,} samples, of which {split.train:,} would"
-      " train and the rest test: both need at least one"
-    )
+def _run(
+  data: Data,
+  settings: dict[str, Any],
+  directory: str,
+  report: Report,
+  reader: Reader,
+) -> None:
+  """Runs the passes in `directory`; those that are done there are not repeated.
 
-  tables = schema.tables
-  of_feature = np.array(
-    [tables.index(f.table) for f in schema.features], np.int16
+  Raises:
+    UserError: damaged logs, or too few samples.
+  """
+  schema = reader.schema(data)
+  staged = _stage(data, reader, settings, directory, report)
+  chunks = _Chunks(directory, schema, staged, data, report)
+  spill = os.path.join(chunks.folder, "spill")
+  with vocabulary.open_engine(data.memory_mb, spill) as engine:
+    fingerprint = _count(engine, chunks, data.min_count)
+    samples = _pack(engine, chunks, data.block_samples)
+  _remove(spill)
+  prepared.save(
+    directory,
+    schema,
+    samples,
+    fingerprint=fingerprint,
+    settings=settings,
+    teacher=_read_json(os.path.join(directory, "logs", "teacher.json")),
   )
-  path = os.path.join(directory, vocabulary.FILE)
-  spill = os.path.join(at, "spill")
 
-  def counts():
-    progress = staging.Progress("count", report, split.total)
-    for row, arrays, values in staging.read(at, staged, progress):
+
+def _stage(
+  data: Data,
+  reader: Reader,
+  settings: dict[str, Any],
+  directory: str,
+  report: Report,
+) -> Staged:
+  """Stages the logs, where that is not done yet with these settings.
+
+  Synthetic logs are written first.
+  """
+  folder = os.path.join(directory, staging.FOLDER)
+  done = os.path.join(folder, "staged.json")
+  key = settings | {"data.max_bad_rows": data.max_bad_rows}
+  found = _read_json(done)
+  if found and found["settings"] == key and "staged" in found:
+    return Staged(**found["staged"])
+  _remove(directory)
+  os.makedirs(folder)
+  if data.format == "synthetic" and not isinstance(reader, Columns):
+    logs = os.path.join(directory, "logs")
+    synthetic.write(data, logs, report)
+    data = dataclasses.replace(data, train=os.path.join(logs, "*.tsv"))
+  staged = staging.write(data, reader, directory, report)
+  content = {"settings": key, "staged": dataclasses.asdict(staged)}
+  files.write(done, json.dumps(content))
+  return staged
+
+
+class _Chunks:
+  """The staged chunks, as each of the later passes reads them."""
+
+  def __init__(
+    self,
+    directory: str,
+    schema: Schema,
+    staged: Staged,
+    data: Data,
+    report: Report,
+  ):
+    """Raises UserError where training or testing would have no sample."""
+    self.directory, self.schema, self.staged = directory, schema, staged
+    self.report = report
+    self.folder = os.path.join(directory, staging.FOLDER)
+    self.vocabulary = os.path.join(directory, vocabulary.FILE)
+    tables = schema.tables
+    self.table_of = np.array(
+      [tables.index(f.table) for f in schema.features], np.int16
+    )
+    self.split = Split(data, staged.train_rows, staged.rows)
+    if not 0 < self.split.train < self.split.total:
+      raise UserError(
+        f"the logs hold {self.split.total:,} samples, of which"
+        f" {self.split.train:,} would train and the rest test: both need at"
+        " least one"
+      )
+
+  def counts(self) -> Iterator[tuple[np.ndarray, pa.Array, np.ndarray]]:
+    """Yields (table, value, count in the training split) of each chunk."""
+    for row, arrays, values in self._read("count"):
       codes = arrays["codes"]
-      train = codes[split.mask(row, len(codes))]
+      train = codes[self.split.mask(row, len(codes))]
       n = np.bincount(train[train >= 0], minlength=len(values))
-      yield of_feature[arrays["feature"]], values, n
+      yield self.table_of[arrays["feature"]], values, n
 
-  def values():
-    for i in range(len(staged["sizes"])):
-      yield of_feature[staging.features(at, i)], staging.values(at, i)
+  def values(self) -> Iterator[tuple[np.ndarray, pa.Array]]:
+    """Yields (table, value) of each chunk."""
+    for i in range(len(self.staged.sizes)):
+      feature = staging.features(self.folder, i)
+      yield self.table_of[feature], staging.values(self.folder, i)
 
-  def samples(ranks):
-    progress = staging.Progress("pack", report, split.total)
-    for row, arrays, _ in staging.read(at, staged, progress):
+  def samples(
+    self, ranks: Iterator[np.ndarray]
+  ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """Yields (split, arrays of samples), given the ranks of `values`."""
+    for row, arrays, _ in self._read("pack"):
       rank = np.append(next(ranks), np.int32(-1))  # which the code -1 finds
       arrays["ids"] = rank[arrays.pop("codes")]
-      train = split.mask(row, len(arrays["label"]))
+      del arrays["feature"]
+      train = self.split.mask(row, len(arrays["label"]))
       for name, mask in (("train", train), ("test", ~train)):
         if mask.any():
-          yield name, {a: x[mask] for a, x in arrays.items() if a != "feature"}
+          yield name, {a: x[mask] for a, x in arrays.items()}
 
-  with vocabulary.open_engine(data.memory_mb, spill) as engine:
-    counted = _read_json(os.path.join(at, "counted.json"))
-    if counted is None:
-      fingerprint = vocabulary.count(
-        engine, counts(), tables, data.min_count, path
+  def _read(
+    self, name: str
+  ) -> Iterator[tuple[int, dict[str, np.ndarray], pa.Array]]:
+    progress = Progress(f"prepare: {name}", self.report, self.staged.rows)
+    return staging.read(self.folder, self.staged, progress)
+
+
+def _count(
+  engine: duckdb.DuckDBPyConnection, chunks: _Chunks, min_count: int
+) -> str:
+  """Writes the vocabulary, where that is not done; returns its fingerprint."""
+  done = os.path.join(chunks.folder, "counted.json")
+  found = _read_json(done)
+  if found is None:
+    found = {
+      "vocabulary": vocabulary.count(
+        engine,
+        chunks.counts(),
+        chunks.schema.tables,
+        min_count,
+        chunks.vocabulary,
       )
-      counted = {"vocabulary": fingerprint}
-      _write_json(os.path.join(at, "counted.json"), counted)
-    _remove(os.path.join(directory, BLOCKS))
-    written = blocks.write(
-      samples(vocabulary.ranks(engine, values, tables, path)),
-      schema,
-      data.block_samples,
-      os.path.join(directory, BLOCKS),
-    )
-  _remove(spill)
-  _write_json(
-    os.path.join(directory, "prepared.json"),
-    {
-      "version": VERSION,
-      "schema": dataclasses.asdict(schema),
-      "samples": written,
-      "vocabulary": counted["vocabulary"],
-      "settings": settings,
-      "teacher": _read_json(os.path.join(directory, "logs", "teacher.json")),
-    },
+    }
+    files.write(done, json.dumps(found))
+  return found["vocabulary"]
+
+
+def _pack(
+  engine: duckdb.DuckDBPyConnection, chunks: _Chunks, block_samples: int
+) -> dict[str, int]:
+  """Writes the blocks; returns the samples of each split."""
+  target = os.path.join(chunks.directory, prepared.BLOCKS)
+  _remove(target)
+  ranks = vocabulary.ranks(
+    engine, chunks.values, chunks.schema.tables, chunks.vocabulary
   )
+  samples = chunks.samples(ranks)
+  return blocks.write(samples, chunks.schema, block_samples, target)
+
+
+def _read_json(path: str) -> dict[str, Any] | None:
+  """Reads a JSON file; None where there is none."""
+  try:
+    with open(path, encoding="utf-8") as f:
+      return json.load(f)
+  except FileNotFoundError:
+    return None

@@ -10,10 +10,10 @@ of pairs of tables. Effects shrink with the rank of the id, so that most of the
 signal is in what a model can see often enough to learn.
 """
 
+import bisect
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -21,16 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 
+from recjax import files
 from recjax.config import Data
+from recjax.data import power_law
+from recjax.data.criteo import DENSE, KAGGLE_ROWS
 from recjax.errors import UserError
+from recjax.progress import Progress
 
-# Distinct values of C1..C26 in the Criteo Kaggle log (facebookresearch/dlrm).
-KAGGLE_ROWS = (
-  1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593,
-  3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105,
-  142572,
-)  # fmt: skip
-_DENSE = 13
+_DENSE = len(DENSE)
 _PAIRS = ((0, 6), (5, 8), (1, 16), (7, 22))  # tables that interact
 _RANK = 2  # of an interaction
 _SHARD = 1 << 18  # samples a file
@@ -50,7 +48,7 @@ class Teacher:
 
 
 def table_rows(total: int) -> tuple[int, ...]:
-  """The Kaggle sizes to a common power, so that they total `total`.
+  """Raises the Kaggle log's table sizes to a power that makes them `total`.
 
   Raises:
     UserError: fewer than two rows a table.
@@ -62,26 +60,26 @@ def table_rows(total: int) -> tuple[int, ...]:
       " for each table"
     )
 
-  def sizes(power):
+  def sizes(power: float) -> np.ndarray:
     return np.maximum(np.floor(kaggle**power), 2).astype(np.int64)
 
-  low, high = 0.0, 2.0
-  for _ in range(60):
-    middle = (low + high) / 2
-    low, high = (
-      (middle, high) if sizes(middle).sum() <= total else (low, middle)
-    )
-  rows = sizes(low)
+  # The largest power from 0 to 2 whose sizes do not exceed the total.
+  unit = 2.0**-59
+  steps = bisect.bisect_right(
+    range(1 << 60), total, key=lambda i: int(sizes(i * unit).sum())
+  )
+  rows = sizes((steps - 1) * unit)
   rows[np.argmax(rows)] += total - rows.sum()
   return tuple(rows.tolist())
 
 
 def plant(data: Data) -> Teacher:
-  """The teacher that `data.seed` and `data.synthetic` define."""
+  """Draws the teacher that `data.seed` and `data.synthetic` define."""
   rng = np.random.default_rng([data.seed, 0])
   rows = table_rows(data.synthetic.rows)
 
-  def shrunk(n, scale, *shape):
+  def shrunk(n: int, scale: float, *shape: int) -> np.ndarray:
+    """Normal numbers [n + 1, *shape] that shrink with the rank."""
     draw = rng.standard_normal((n + 1, *shape), np.float32)
     rank = np.arange(n + 1, dtype=np.float32).reshape(-1, *[1] * len(shape))
     return draw * scale / (1 + rank / 10)
@@ -98,15 +96,19 @@ def plant(data: Data) -> Teacher:
   )
 
 
-def sample(teacher: Teacher, data: Data, rng, n: int):
-  """n samples as (logit [n], integers [n, D], ranks F of [n, h]).
+def sample(
+  teacher: Teacher, data: Data, rng: np.random.Generator, n: int
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+  """Draws n samples.
 
-  A missing integer is -1; a missing id is one past the table's last rank.
+  Returns:
+    (logit [n], integers [n, D], ranks: F of [n, h]). A missing integer is -1, a
+    missing id is one past the table's last rank.
   """
   latent = rng.standard_normal((n, _DENSE), np.float32)
   integers = np.floor(np.exp(1.5 + latent * teacher.scale)).astype(np.int64)
   integers[rng.random((n, _DENSE)) < teacher.missing[:_DENSE]] = -1
-  # A missing integer acts as 0, as data/criteo.py makes it: nothing is hidden.
+  # A missing integer acts as 0, as criteo.py reads it: nothing is hidden.
   x = (np.log(np.maximum(integers, 0) + 2.0) - 1.9) / teacher.scale
   logit = x @ teacher.dense
 
@@ -114,7 +116,7 @@ def sample(teacher: Teacher, data: Data, rng, n: int):
   ranks = []
   pooled = {t: 0.0 for t in teacher.factors}
   for t, (rows, h) in enumerate(zip(teacher.rows, hotness, strict=True)):
-    rank = power_law(rng, (n, h), rows, data.synthetic.exponent)
+    rank = power_law.ranks(rng, (n, h), rows, data.synthetic.exponent)
     if missing := teacher.missing[_DENSE + t]:
       rank[rng.random(n) < missing] = rows
     ranks.append(rank)
@@ -126,23 +128,8 @@ def sample(teacher: Teacher, data: Data, rng, n: int):
   return logit * data.synthetic.signal - 1.8, integers, ranks
 
 
-def power_law(rng, shape, rows: int, exponent: float) -> np.ndarray:
-  """Ranks 0..rows-1 with P(r) ~ (r + 1)^-exponent.
-
-  A bounded Pareto variable on [1, rows + 1), rounded down: inverting its
-  distribution function needs no table of `rows` entries.
-  """
-  u = rng.random(shape, np.float64)
-  if abs(exponent - 1) < 1e-6:
-    x = np.exp(u * np.log(rows + 1))
-  else:
-    power = 1 - exponent
-    x = (1 + u * ((rows + 1) ** power - 1)) ** (1 / power)
-  return np.minimum(x.astype(np.int64) - 1, rows - 1)
-
-
 def tokens(table: int, ranks: np.ndarray) -> pa.Array:
-  """Eight hex digits an id, distinct within a table, in no visible order."""
+  """Writes ids as eight hex digits, distinct and in no visible order."""
   x = ranks.astype(np.uint32) ^ np.uint32((table + 1) * 0x9E3779B1 & 0xFFFFFFFF)
   x = (x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B)  # murmur3's finalizer:
   x = (x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35)  # a bijection
@@ -161,47 +148,49 @@ def write(data: Data, directory: str, report: Callable[[str], None]) -> None:
   teacher.json holds the teacher's AUC and log loss on the test part: the last
   `data.test_fraction` of the samples.
   """
-  part = directory.rstrip("/") + ".part"
-  shutil.rmtree(part, ignore_errors=True)
-  os.makedirs(part)
   teacher = plant(data)
   rng = np.random.default_rng([data.seed, 1])
   total = data.synthetic.samples
-  label, probability = [], []
-  for start in range(0, total, _SHARD):
-    stop = min(start + _SHARD, total)
-    path = os.path.join(part, f"part_{start // _SHARD:04}.tsv")
-    with open(path, "wb") as f:
-      for at in range(start, stop, _STEP):
-        n = min(_STEP, stop - at)
-        logit, integers, ranks = sample(teacher, data, rng, n)
-        p = 1 / (1 + np.exp(-logit))
-        y = rng.random(n) < p
-        pyarrow.csv.write_csv(
-          _table(teacher, y, integers, ranks),
-          f,
-          pyarrow.csv.WriteOptions(
-            include_header=False, delimiter="\t", quoting_style="none"
-          ),
-        )
-        label.append(y)
-        probability.append(p.astype(np.float32))
-    report(f"synthetic: wrote {stop:,} of {total:,} samples")
-  test = total - round(total * data.test_fraction)
-  y, p = np.concatenate(label)[test:], np.concatenate(probability)[test:]
-  content = {
-    "auc": auc(y, p),
-    "log_loss": float(-np.log(np.where(y, p, 1 - p)).mean()),
-    "test_samples": len(y),
-    "rows": teacher.rows,
-  }
-  with open(os.path.join(part, "teacher.json"), "w", encoding="utf-8") as f:
-    json.dump(content, f)
-  shutil.rmtree(directory, ignore_errors=True)
-  os.replace(part, directory)
+  progress = Progress("synthetic: wrote", report, total, "samples")
+  label = np.empty(total, bool)
+  probability = np.empty(total, np.float32)
+  with files.replacing_folder(directory) as part:
+    for start in range(0, total, _SHARD):
+      stop = min(start + _SHARD, total)
+      path = os.path.join(part, f"part_{start // _SHARD:04}.tsv")
+      with open(path, "wb") as f:
+        for at in range(start, stop, _STEP):
+          n = min(_STEP, stop - at)
+          logit, integers, ranks = sample(teacher, data, rng, n)
+          p = 1 / (1 + np.exp(-logit))
+          y = rng.random(n) < p
+          pyarrow.csv.write_csv(
+            _table(teacher, y, integers, ranks),
+            f,
+            pyarrow.csv.WriteOptions(
+              include_header=False, delimiter="\t", quoting_style="none"
+            ),
+          )
+          label[at : at + n], probability[at : at + n] = y, p
+          progress.add(n)
+    test = total - round(total * data.test_fraction)
+    y, p = label[test:], probability[test:]
+    content = {
+      "auc": auc(y, p),
+      "log_loss": float(-np.log(np.where(y, p, 1 - p)).mean()),
+      "test_samples": len(y),
+      "rows": teacher.rows,
+    }
+    files.write(os.path.join(part, "teacher.json"), json.dumps(content))
 
 
-def _table(teacher, label, integers, ranks) -> pa.Table:
+def _table(
+  teacher: Teacher,
+  label: np.ndarray,
+  integers: np.ndarray,
+  ranks: list[np.ndarray],
+) -> pa.Table:
+  """Lays samples out as the fields of Criteo-format lines."""
   columns = [pa.array(label.astype(np.int8))]
   for x in integers.T:
     columns.append(pa.array(x, mask=x < 0))
@@ -217,7 +206,15 @@ def _table(teacher, label, integers, ranks) -> pa.Table:
 
 
 def auc(label: np.ndarray, score: np.ndarray) -> float:
-  """Area under the ROC curve: P(a positive scores higher), ties a half."""
+  """Area under the ROC curve: P(a positive scores higher), ties counted half.
+
+  Args:
+    label: [k], true or 1 for positives.
+    score: [k].
+
+  Returns:
+    From 0 to 1; nan where only one class is there.
+  """
   _, group, size = np.unique(score, return_inverse=True, return_counts=True)
   rank = (np.cumsum(size) - (size - 1) / 2)[group]  # mean rank of equal scores
   positives = int(label.sum())

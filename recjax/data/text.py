@@ -1,7 +1,7 @@
 """Text files -> tables of parsed lines; damaged lines named one by one.
 
 PyArrow parses: its CSV reader decodes straight into dictionary codes, at over
-a million Criteo rows/s on two cores. What it refuses is narrowed down by
+a million Criteo lines/s on two cores. What it refuses is narrowed down by
 bisection to the damaged lines, so that the reason given is always that of the
 parser that reads the data.
 """
@@ -15,6 +15,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv
@@ -25,20 +26,25 @@ CHUNK_BYTES = 1 << 25  # of text; a longer line is an error
 
 
 @dataclasses.dataclass
-class BadRows:
-  """Damaged lines: skipped up to a limit, then an error."""
+class DamagedLines:
+  """Damaged lines of all logs: skipped up to a limit, then an error."""
 
   limit: int
-  rows: list[tuple[str, int, str, str]] = dataclasses.field(
+  lines: list[tuple[str, int, str, str]] = dataclasses.field(
     default_factory=list
   )  # file, line, field, reason
 
   def add(self, path: str, line: int, field: str, reason: str) -> None:
-    self.rows.append((path, line, field, reason))
-    if len(self.rows) > self.limit:
+    """Takes a damaged line.
+
+    Raises:
+      UserError: it is one more than the limit.
+    """
+    self.lines.append((path, line, field, reason))
+    if len(self.lines) > self.limit:
       where = f"{path}, line {line}" + (f", field {field}" if field else "")
       more = (
-        f" ({len(self.rows)} damaged lines so far, more than"
+        f" ({len(self.lines)} damaged lines so far, more than"
         f" data.max_bad_rows={self.limit})"
         if self.limit
         else "; to skip damaged lines set data.max_bad_rows"
@@ -46,16 +52,20 @@ class BadRows:
       raise UserError(f"{where}: {reason}{more}")
 
   def report(self) -> str:
-    """The skipped lines as TSV with a header."""
+    """Lists the damaged lines as TSV with a header."""
     out = io.StringIO()
     writer = csv.writer(out, delimiter="\t", lineterminator="\n")
     writer.writerow(("file", "line", "field", "reason"))
-    writer.writerows(self.rows)
+    writer.writerows(self.lines)
     return out.getvalue()
 
 
 def find(pattern: str, field: str) -> tuple[str, ...]:
-  """The files of a path or glob, in natural order (day_2 before day_10).
+  """Finds the files of a path or glob, in natural order: day_2, then day_10.
+
+  Args:
+    pattern: the path or glob.
+    field: of the config that gave it, for errors.
 
   Raises:
     UserError: there are none, or one is empty or not a file.
@@ -72,7 +82,7 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
     if not os.path.getsize(path):
       raise UserError(f"{field}: {path} is empty")
 
-  def natural(path):
+  def natural(path: str) -> tuple[list[int | str], str]:
     parts = re.split(r"(\d+)", path)
     return [int(p) if p.isdigit() else p for p in parts], path
 
@@ -80,7 +90,14 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
 
 
 def _blocks(path: str) -> Iterator[tuple[int, bytes, int]]:
-  """(number of the first line, whole lines, bytes of the file read so far)."""
+  """Reads a plain or gzipped file in pieces that end with a line.
+
+  Yields:
+    (number of the first line, whole lines, bytes of the file read so far).
+
+  Raises:
+    UserError: an empty, truncated or damaged file; an endless line.
+  """
   line, rest = 1, b""
   try:
     with open(path, "rb") as raw:
@@ -109,20 +126,20 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes, int]]:
     ) from e
 
 
-# Parsing
+# ---- Parsing
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """What the fields of a line are: name -> 'int', 'id' or 'text'.
+  """What the fields of a line are, and what becomes of them."""
 
-  'id' is read as codes, 'text' as strings. `convert` turns whole columns into
-  what is wanted or raises pa.ArrowInvalid; `explain` then names field and
-  reason for a single line.
-  """
-
+  # Name -> 'int', 'id' (read as dictionary codes) or 'text' (as strings).
   kinds: dict[str, str]
-  convert: Callable[[pa.Table], object]
+  # Turns whole columns into what is wanted; raises pa.ArrowInvalid where a line
+  # is damaged.
+  convert: Callable[[pa.Table], Any]
+  # Names the field and the reason for the fields of a single damaged line; None
+  # where `convert` had no reason to refuse it.
   explain: Callable[[list[str]], tuple[str, str] | None]
   separator: bytes = b"\t"
 
@@ -134,8 +151,8 @@ _TYPES = {
 }
 
 
-def _parse(block: bytes, columns: Columns):
-  """columns.convert of the lines; pa.ArrowInvalid where one is damaged."""
+def _parse(block: bytes, columns: Columns) -> Any:
+  """Parses and converts the lines; pa.ArrowInvalid where one is damaged."""
   lines = block.count(b"\n")
   if columns.separator != b"\t":
     block = block.replace(b"\t", b" ").replace(columns.separator, b"\t")
@@ -163,50 +180,78 @@ def _parse(block: bytes, columns: Columns):
   return columns.convert(table.unify_dictionaries().combine_chunks())
 
 
-def parse(path: str, columns: Columns, bad: BadRows) -> Iterator[tuple]:
-  """(columns.convert of the next lines, bytes of the file read so far).
+def parse(
+  path: str, columns: Columns, damaged: DamagedLines
+) -> Iterator[tuple[Any, int]]:
+  """Parses a file, some tens of MB at a time.
+
+  Args:
+    path: of a plain or gzipped file.
+    columns: what its lines hold.
+    damaged: takes the damaged lines, which are left out.
+
+  Yields:
+    (columns.convert of the next lines, bytes of the file read so far).
 
   Raises:
-    UserError: the file cannot be read; more damaged lines than `bad` allows.
+    UserError: the file cannot be read; more damaged lines than are allowed.
   """
   for first, block, read in _blocks(path):
-    found = _parse_or_skip(path, first, block, columns, bad)
+    found = _parse_or_skip(path, first, block, columns, damaged)
     if found is not None:
       yield found, read
 
 
-def _parse_or_skip(path: str, first: int, block: bytes, columns: Columns, bad):
-  """_parse without the damaged lines, which go to `bad`; None if none is left.
+def _parse_or_skip(
+  path: str,
+  first: int,
+  block: bytes,
+  columns: Columns,
+  damaged: DamagedLines,
+) -> Any | None:
+  """Parses the lines but the damaged ones; None if none is left.
 
-  Raises:
-    UserError: more damaged lines than `bad` allows.
+  Args:
+    path: of their file.
+    first: number of the first line.
+    block: the lines.
+    columns: what they hold.
+    damaged: takes those that are damaged.
   """
   try:
     return _parse(block, columns)
   except pa.ArrowInvalid:
     lines = [line + b"\n" for line in block.split(b"\n")[:-1]]
-  good: list[bytes] = []
-  _sift(path, first, lines, columns, bad, good)
+  good = list(_sift(path, first, lines, columns, damaged))
   return _parse(b"".join(good), columns) if good else None
 
 
-def _sift(path, first, lines, columns, bad, good) -> None:
-  """Appends the lines that parse to `good`; reports the others, in order."""
+def _sift(
+  path: str,
+  first: int,
+  lines: list[bytes],
+  columns: Columns,
+  damaged: DamagedLines,
+) -> Iterator[bytes]:
+  """Yields the lines that parse, by bisection; reports the others in order."""
   try:
     _parse(b"".join(lines), columns)
-    good.extend(lines)
-    return
   except pa.ArrowInvalid as e:
     if len(lines) == 1:
-      bad.add(path, first, *_explain(lines[0], columns, e))
+      damaged.add(path, first, *_explain(lines[0], columns, e))
       return
+  else:
+    yield from lines
+    return
   half = len(lines) // 2
-  _sift(path, first, lines[:half], columns, bad, good)
-  _sift(path, first + half, lines[half:], columns, bad, good)
+  yield from _sift(path, first, lines[:half], columns, damaged)
+  yield from _sift(path, first + half, lines[half:], columns, damaged)
 
 
-def _explain(line: bytes, columns: Columns, error) -> tuple[str, str]:
-  """(field, reason) for a line that does not parse."""
+def _explain(
+  line: bytes, columns: Columns, error: Exception
+) -> tuple[str, str]:
+  """Names the field of a damaged line, '' if it is none, and the reason."""
   names = list(columns.kinds)
   fields = line.rstrip(b"\r\n").split(columns.separator)
   if len(fields) != len(names):
@@ -231,6 +276,6 @@ def _explain(line: bytes, columns: Columns, error) -> tuple[str, str]:
 
 
 def shown(found: object) -> str:
-  """As found, but short."""
+  """Formats what was found, cut to 60 characters."""
   text = repr(found)
   return text if len(text) <= 60 else text[:57] + "..."

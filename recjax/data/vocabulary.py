@@ -4,8 +4,8 @@ It sums, sorts and joins the distinct values of billions of cells. DuckDB does
 that: it is a maintained columnar engine that keeps to a memory limit and
 spills to disk, which PyArrow does not do and Polars does for some operations
 only. It does not parse the logs, though it could: its reader gives strings, so
-that every cell would be hashed, and its joins keep no order. data/criteo.py gives
-it lists of distinct values instead, about a tenth of the cells.
+that every cell would be hashed, and its joins keep no order. chunks.py gives it
+lists of distinct values instead, about a tenth of the cells.
 
 Each row of a table is an id, or one of two special rows which every table
 has: 'oov' for ids seen fewer than `min_count` times and ids never seen in
@@ -19,8 +19,7 @@ frequency profile as well.
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import duckdb
 import numpy as np
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from recjax import files
 from recjax.errors import UserError
 from recjax.frequency import Profile
 
@@ -37,7 +37,7 @@ _BATCH = 1 << 18  # rows
 
 
 def open_engine(memory_mb: int, spill: str) -> duckdb.DuckDBPyConnection:
-  """A database in memory that spills into the directory `spill`."""
+  """Opens a database in memory that spills into the directory `spill`."""
   engine = duckdb.connect(
     ":memory:",
     config={
@@ -46,7 +46,7 @@ def open_engine(memory_mb: int, spill: str) -> duckdb.DuckDBPyConnection:
       "preserve_insertion_order": False,
     },
   )
-  engine.execute("SET enable_progress_bar = false")  # Progress reports
+  engine.execute("SET enable_progress_bar = false")  # as progress.py reports
   return engine
 
 
@@ -61,9 +61,9 @@ def count(
 
   Args:
     engine: see `open_engine`.
-    parts: (table [V] int16, value [V] with null = missing, count [V]); a value
-      may come in many parts.
-    tables: names.
+    parts: (table [V] int16, value [V] strings with null = missing, count [V]);
+      a value may come in many parts.
+    tables: their names.
     min_count: rarer values share their table's 'oov' row.
     path: of the file.
 
@@ -104,8 +104,17 @@ def count(
   return fingerprint
 
 
-def _write(batches, tables, path) -> str:
-  """Writes ranked rows (tbl, kind, value, n); returns their fingerprint."""
+def _write(
+  batches: Iterable[pa.RecordBatch], tables: tuple[str, ...], path: str
+) -> str:
+  """Writes rows (tbl, kind, value, n) in rank order.
+
+  Returns:
+    Their fingerprint.
+
+  Raises:
+    UserError: more rows than int32 can count.
+  """
   schema = pa.schema(
     [
       ("table", pa.string()),
@@ -118,7 +127,10 @@ def _write(batches, tables, path) -> str:
   names, kinds = pa.array(tables), pa.array(_KINDS)
   digests = [hashlib.sha256() for _ in range(5)]
   rank = 0
-  with pq.ParquetWriter(path + ".part", schema, compression="zstd") as writer:
+  with (
+    files.replacing(path) as part,
+    pq.ParquetWriter(part, schema, compression="zstd") as writer,
+  ):
     for batch in batches:
       tbl, kind, value, n = (batch[c] for c in ("tbl", "kind", "value", "n"))
       if rank + len(batch) > np.iinfo(np.int32).max:
@@ -145,7 +157,6 @@ def _write(batches, tables, path) -> str:
           [names.take(tbl), kinds.take(kind), value, n, ranks], schema=schema
         )
       )
-  os.replace(path + ".part", path)
   head = json.dumps([list(tables), rank]).encode()
   return hashlib.sha256(
     head + b"".join(d.digest() for d in digests)
@@ -158,19 +169,22 @@ def ranks(
   tables: tuple[str, ...],
   path: str,
 ) -> Iterator[np.ndarray]:
-  """[V] int32: the rank of each value, part by part.
+  """Looks up the rank of each value, part by part.
 
   Args:
     engine: see `open_engine`.
-    parts: gives, each time the same, (table [V] int16, value [V]).
-    tables: names.
+    parts: gives, each time the same, (table [V] int16, value [V] strings).
+    tables: their names.
     path: of the vocabulary.
+
+  Yields:
+    [V] int32, for each part.
   """
   columns = pa.schema(
     [("position", pa.int64()), ("tbl", pa.int16()), ("value", pa.string())]
   )
 
-  def batches():
+  def batches() -> Iterator[pa.RecordBatch]:
     position = 0
     for table, values in parts():
       at = np.arange(position, position + len(values))
@@ -206,10 +220,11 @@ def ranks(
 class _Stream:
   """A stream of one int32 column, taken in pieces of any length."""
 
-  def __init__(self, batches):
+  def __init__(self, batches: Iterable[pa.RecordBatch]):
     self.batches, self.rest = iter(batches), np.empty(0, np.int32)
 
   def take(self, n: int) -> np.ndarray:
+    """The next n numbers."""
     parts = [self.rest]
     while sum(map(len, parts)) < n:
       parts.append(next(self.batches).column(0).to_numpy())
@@ -219,7 +234,13 @@ class _Stream:
 
 
 def read_profile(path: str, tables: tuple[str, ...], samples: int) -> Profile:
-  """The profile that a vocabulary file holds."""
+  """Reads the profile that a vocabulary file holds.
+
+  Args:
+    path: of the file.
+    tables: the names that the profile's tables are numbered by.
+    samples: of the training split.
+  """
   file = pq.ParquetFile(path)
   rows = file.metadata.num_rows
   counts, table = np.empty(rows, np.int64), np.empty(rows, np.int16)

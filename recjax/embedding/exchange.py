@@ -1,27 +1,37 @@
-"""Coalesced rows to and from their owners: the tables' only collectives.
+"""Rows to who needs them and gradients back: what the owners are asked for.
 
-A bucket is a (tier, owner) pair: first the owners' warm rows, then their cold
-rows; the last one holds the hot rows where their gradients are exchanged
-rather than all-reduced. A row's address is its position in the order (bucket,
-slot), so that a sorted list of addresses is already bucketed.
+A device coalesces its lookups, so that it asks for each row once (`route`),
+and asks the rows' owners (`plan_round`); they send the rows (`fetch_rows`) and
+later get the rows' gradients (`return_gradients`). See buckets.py for
+addresses.
 
-On a mesh of several nodes an exchange may have two stages. A device (k, j),
-the j-th of node k, is the proxy of its node at all owners (., j): the node's
-devices send it what they ask of those, it unites that per owner, and only the
-union crosses the network, once a node. Gradients are summed on the way back.
-Where every node has a copy of the warm rows, the owner is in the node and
-unites what its peers ask; the sums of all nodes are then gathered by all, and
-every copy is updated alike.
+Two devices share a tier of rows 0 ... 7, cyclically: device 0 owns rows 0, 2,
+4, 6 and device 1 rows 1, 3, 5, 7. Device 0 looks up [5, 2, 5, 7, 0, 2]:
+
+  address    5 -> bucket 1 (its owner), local row 2 -> 4 + 2 = 6, and so on:
+             [6, 1, 6, 7, 0, 1]
+  coalesced  [0, 1, 6, 7], and each lookup's place in it: [2, 1, 2, 3, 0, 1]
+  buckets    start at [0, 2] and end at 4: owner 0 is asked for the local rows
+             [0, 1], owner 1 for [2, 3]
+  round      with buffers of 1 row an owner the first one brings [0], [2]
+             (rows 0 and 5), the second [1], [3] (rows 2 and 7)
+  buffer     of the first: rows [0, 5]; the lookups lie in it at
+             [1, -, 1, -, 0, -]
+
+(tests/embedding/test_exchange.py runs this example.)
 
 An exchange runs in rounds, and every row belongs to one round on all devices:
-each device proposes, a bucket, the first address that does not fit its
-buffer, and the least proposal of all devices ends the round. Then the proxies
-propose likewise what does not fit their unions. The owner thus sees all
+each device proposes, a bucket, the first address that does not fit its buffer,
+and the least proposal of all devices ends the round. The owner thus sees all
 gradients of a row in the same round and updates it once. The least address of
 a bucket always fits, so every round gets on. Without an overflow there is one
-round.
+round. The ids of all tiers and groups travel in one all-to-all.
+
+Where a node's devices unite what they ask, device (k, j), the j-th of node k,
+is the proxy of its node at all owners (., j) (proxies.py).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,370 +39,293 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from recjax.mesh import AXIS, DEVICES, NODES
+from recjax.embedding import proxies
+from recjax.embedding.buckets import TierBuckets, buckets_of
+from recjax.embedding.coalesce import NONE, coalesce, places_of
+from recjax.embedding.wire import all_gather, all_to_all, all_to_all_joined
 from recjax.plan.plan import Plan
-
-NONE = np.int32(2**31 - 1)  # sorts behind every address
-
-
-class Way(NamedTuple):
-  """How a tier's rows travel; all of it static."""
-
-  first: int  # bucket of the tier
-  owners: int  # n, or g where every node has a copy
-  slots: int  # rows of an owner
-  capacity: int  # C
-  far: int  # C_far; 0 = all devices ask the owners
-  nodes: int  # whose owners a proxy asks: N; 1 where every node has a copy
+from recjax.schema import AXES, DEVICE, NODE
 
 
 class Route(NamedTuple):
-  """A local batch's distinct rows that are exchanged, and who uses them.
+  """A local batch's distinct rows that travel, and which lookups use them.
 
-  Z: the number of buckets.
+  Z is the number of buckets, L that of lookups, group by group.
   """
 
   addresses: jax.Array  # [L + 1] int32, ascending, then NONE
   starts: jax.Array  # [Z + 1] int32: where each bucket begins in addresses
-  bucket: jax.Array  # [L] int32 of a lookup; Z - 1: hot; Z: no lookup
-  index: jax.Array  # [L] int32: a lookup's row, as a position in addresses
+  bucket: jax.Array  # [L] int32 of a lookup; Z: its row does not travel
+  index: jax.Array  # [L] int32: a lookup's row, as a place in addresses
 
 
-class Asked(NamedTuple):
-  """What is asked of this device in a round.
+class Requests(NamedTuple):
+  """What is asked of this device as an owner of a tier, in a round.
 
-  slots are those that it owns: [n C], or [N C_far] of the proxies (of copies
-  [C_far]); those past the tier's end are padding. index [g N C] is a peer's
-  request as a position in what this proxy asked for; else past its end.
+  `local` are its local rows: [n C], or [N C_node] of the proxies (of copies
+  [C_node]); those past the shard's end are padding. `index` [g N C] is a peer's
+  request as a place in what this proxy asked for; else past its end.
   """
 
-  slots: jax.Array  # int32
+  local: jax.Array  # int32
   index: jax.Array | None  # int32; None without proxies
 
 
 class Round(NamedTuple):
-  """The part of each bucket that is exchanged now: [begin, end)."""
+  """The part [begin, end) of each bucket that travels now."""
 
   begin: jax.Array  # [Z] int32
   end: jax.Array  # [Z] int32
   more: jax.Array  # [] bool, the same on all devices
-  warm: Asked | None
-  cold: Asked | None
+  requests: tuple[Requests, ...]  # of each tier of Buckets.sharded
 
 
-def coalesce(keys):  # [m] int32; NONE = padding
-  """(distinct [m] ascending then NONE, index [m]): keys = distinct[index].
+# ---- Route
 
-  One sort of `key << 32 | position`: on CPU four times faster than a sort of
-  pairs (jax 0.10), on GPU a radix sort either way.
+
+def _bucket(rank, t: TierBuckets, plan: Plan):  # rank [...] int32 in the tier
+  """Returns the owner's bucket; those of a proxy (., j) are neighbours."""
+  owner = rank % t.count
+  nodes = t.asked_nodes(plan)
+  if t.united and nodes > 1:
+    g = t.count // nodes
+    owner = owner % g * nodes + owner // g
+  return t.first + owner
+
+
+def route(ids: Sequence[jax.Array], plan: Plan) -> Route:
+  """Coalesces a device's lookups of all groups, with one sort.
+
+  Args:
+    ids: of each group, flattened: int32 positions, -1 = no lookup.
+    plan: whose rows they are.
   """
-  m = keys.shape[0]
-  with jax.enable_x64(True):
-    wide = keys.astype(jnp.uint64) << np.uint64(32)
-    wide = lax.sort(wide | lax.iota(jnp.uint64, m))
-    order = (wide & np.uint64(0xFFFFFFFF)).astype(jnp.int32)
-    keys = (wide >> np.uint64(32)).astype(jnp.int32)
-  new = jnp.concatenate([jnp.ones(1, bool), keys[1:] != keys[:-1]])
-  rank = jnp.cumsum(new, dtype=jnp.int32) - 1
-  index = jnp.zeros(m, jnp.int32).at[order].set(rank, unique_indices=True)
-  distinct = jnp.full(m, NONE).at[rank].set(keys, indices_are_sorted=True)
-  return distinct, index
+  known = buckets_of(plan)
+  past = len(known.capacity)
+  buckets, addresses = [], []
+  for group, mine in enumerate(ids):
+    bucket, local = jnp.full_like(mine, past), mine
+    for t in known.of_group(group):
+      there, rank = mine >= t.tier.first, mine - t.tier.first
+      if t.tier.stop < plan.groups[group].rows:
+        there &= mine < t.tier.stop
+      bucket = jnp.where(there, _bucket(rank, t, plan), bucket)
+      local = jnp.where(there, rank // t.count, local)
+    base = jnp.asarray(known.bases)[bucket]
+    buckets.append(bucket)
+    addresses.append(jnp.where(bucket < past, base + local, NONE))
+  distinct, index = coalesce(_joined(addresses))
+  distinct = jnp.append(distinct, NONE)
+  starts = places_of(known.bases, distinct)
+  return Route(distinct, starts, _joined(buckets), index)
 
 
-def _sparse_hot(plan: Plan) -> int:
-  """Hot rows whose gradients are exchanged."""
-  return plan.hot if plan.hot_sync == "sparse" else 0
+def _joined(parts):
+  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def ways(plan: Plan) -> dict[str, Way]:
-  """Of the tiers with rows."""
-  n, nodes = plan.devices, plan.nodes
-  staged, copies = plan.exchange == "two_stage", plan.warm_copies == "node"
-  warm, cold = plan.warm_owners, n
-  found = {
-    "warm": Way(0, warm, plan.warm_slots, plan.capacity_warm,
-                plan.capacity_far_warm if staged or copies else 0,
-                1 if copies else nodes),
-    "cold": Way(warm, cold, plan.cold_slots, plan.capacity_cold,
-                plan.capacity_far_cold if staged else 0, nodes),
-  }  # fmt: skip
-  return {name: way for name, way in found.items() if way.slots}
+def asked_rows(of: Route, plan: Plan):  # -> [] int32
+  """Returns how many distinct rows a device asks owners for in a step."""
+  sharded = buckets_of(plan).sharded
+  counts = [of.starts[t.first + t.count] - of.starts[t.first] for t in sharded]
+  return sum(counts, jnp.zeros((), jnp.int32))
 
 
-def _buckets(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-  """(rows, capacity) of every bucket, [Z] int32."""
-  warm, cold, hot = plan.warm_owners, plan.devices, _sparse_hot(plan)
-  count = [warm, cold, 1]
-  rows = [plan.warm_slots, plan.cold_slots, hot]
-  c = [plan.capacity_warm, plan.capacity_cold, plan.capacity_hot if hot else 0]
-  return np.repeat(rows, count), np.repeat(c, count)
+# ---- Rounds
 
 
-def _bases(plan: Plan) -> np.ndarray:  # [Z + 1] int32
-  """The first address of each bucket, and the end."""
-  return np.append(0, np.cumsum(_buckets(plan)[0])).astype(np.int32)
+def _fit(plan: Plan, lookups: Sequence[int]) -> tuple[bool, bool]:
+  """Whether no batch can overflow a device's buffers, and a proxy's.
 
-
-def buffer_starts(plan: Plan) -> np.ndarray:  # [Z + 1] int32
-  """Where each bucket begins in a round's buffer of rows, and its size."""
-  return np.append(0, np.cumsum(_buckets(plan)[1])).astype(np.int32)
-
-
-def _bucket(rank, way: Way, plan: Plan):  # rank [..] int32 in the tier
-  """The owner's bucket; those of a proxy (., j) are neighbours."""
-  owner = rank % way.owners
-  if way.far and way.nodes > 1:
-    g = way.owners // way.nodes
-    owner = owner % g * way.nodes + owner // g
-  return way.first + owner
-
-
-def route(ids, plan: Plan) -> Route:
-  """Coalesces a device's lookups. ids [L] int32 ranks, -1 = no lookup."""
-  bases = _bases(plan)
-  last = len(bases) - 2
-  bucket, slot = jnp.full_like(ids, last), ids
-  for name, way in ways(plan).items():
-    first = plan.hot if name == "warm" else plan.warm_end
-    there, rank = ids >= first, ids - first
-    bucket = jnp.where(there, _bucket(rank, way, plan), bucket)
-    slot = jnp.where(there, rank // way.owners, slot)
-  bucket = jnp.where(ids < 0, last + 1, bucket)
-  address = jnp.where(
-    ids < (0 if _sparse_hot(plan) else plan.hot),
-    NONE,
-    jnp.asarray(bases)[bucket] + slot,
-  )
-  addresses, index = coalesce(address)
-  addresses = jnp.append(addresses, NONE)
-  starts = jnp.searchsorted(addresses, bases).astype(jnp.int32)
-  return Route(addresses, starts, bucket, index)
-
-
-def _fit(plan: Plan, lookups: int) -> tuple[bool, bool]:
-  """Whether no batch of `lookups` ids a device can overflow a buffer.
-
-  (Of a device, of a proxy.)
+  Args:
+    plan: whose buffers they are.
+    lookups: of a device and step, a group.
   """
   g = plan.devices // plan.nodes
-  rows = {"warm": -(-plan.warm // plan.warm_owners)}
-  rows["cold"] = -(-plan.cold // plan.devices)
-  near = plan.capacity_hot >= min(_sparse_hot(plan), lookups)
-  far = True
-  for name, way in ways(plan).items():
-    near &= way.capacity >= min(rows[name], lookups)
-    most = min(rows[name], g * min(way.capacity, lookups))
-    far &= way.far == 0 or way.far >= most
-  return near, far
+  device = proxy = True
+  for t in buckets_of(plan).tiers:
+    asked = min(-(-t.tier.rows // t.count), lookups[t.group])
+    device &= t.tier.capacity >= asked
+    if t.united:
+      most = min(-(-t.tier.rows // t.count), g * min(t.tier.capacity, asked))
+      proxy &= t.tier.node_capacity >= most
+  return device, proxy
 
 
-def one_round(plan: Plan, lookups: int) -> bool:
-  """Whether no batch of `lookups` ids a device can need another round."""
+def one_round(plan: Plan, lookups: Sequence[int]) -> bool:
+  """Whether no batch of so many lookups a group can need another round."""
   return all(_fit(plan, lookups))
 
 
-def next_round(route: Route, begin, plan: Plan) -> Round:
-  """The round that starts at `begin` [Z] int32 (first: all starts)."""
-  last = route.starts[1:]
-  near_fits, far_fits = _fit(plan, route.index.shape[0])
+def plan_round(of: Route, begin, plan: Plan, lookups: tuple[int, ...]) -> Round:
+  """Agrees on the round that starts at `begin` and asks the owners for it.
+
+  Args:
+    of: what this device looks up.
+    begin: [Z] int32; first: where the buckets begin.
+    plan: whose rows they are.
+    lookups: of a device and step, a group.
+  """
+  known = buckets_of(plan)
+  last = of.starts[1:]
+  device_fits, proxy_fits = _fit(plan, lookups)
   stop = jnp.full(len(last), NONE)
-  if not near_fits:
-    limit = begin + _buckets(plan)[1].astype(np.int32)
-    past = route.addresses[jnp.minimum(limit, route.addresses.shape[0] - 1)]
-    stop = lax.pmin(jnp.where(limit < last, past, NONE), AXIS)
+  if not device_fits:
+    limit = begin + known.capacity
+    past = of.addresses[jnp.minimum(limit, of.addresses.shape[0] - 1)]
+    stop = lax.pmin(jnp.where(limit < last, past, NONE), AXES)
 
   def end_of(stop):
-    if near_fits and far_fits:
+    if device_fits and proxy_fits:
       return last
-    end = jnp.searchsorted(route.addresses, stop).astype(jnp.int32)
+    end = places_of(stop, of.addresses)
     return jnp.clip(end, begin, last)
 
   end = end_of(stop)
-  sent = {  # [owners, C], as the owners or the proxies get them
-    name: _send(_slots(route, begin, end, way, plan), way, plan)
-    for name, way in ways(plan).items()
+  wanted = [_wanted(of, begin, end, t, plan) for t in known.sharded]
+  got = _swap_ids(wanted, known.sharded, plan)
+  unions = {
+    i: proxies.unite(got[i], t, plan)
+    for i, t in enumerate(known.sharded)
+    if t.united
   }
-  unions = {k: _unite(sent[k], w) for k, w in ways(plan).items() if w.far}
-  if not far_fits:
-    for name, union in unions.items():
-      stop = _first_past(union, stop, ways(plan)[name], plan)
-    stop = lax.pmin(stop, AXIS)
+  if not proxy_fits:
+    for i, union in unions.items():
+      stop = proxies.first_past(union, stop, known.sharded[i], plan)
+    stop = lax.pmin(stop, AXES)
     end = end_of(stop)
-  asked = {
-    name: _ask(unions[name], stop, way, plan)
-    if way.far
-    else Asked(sent[name].reshape(-1), None)
-    for name, way in ways(plan).items()
-  }
+  requests = [Requests(x.reshape(-1), None) for x in got]
+  for i, asked in proxies.ask(unions, stop, plan).items():
+    requests[i] = Requests(*asked)
   more = jnp.any(stop != NONE)
-  return Round(begin, end, more, asked.get("warm"), asked.get("cold"))
+  return Round(begin, end, more, tuple(requests))
 
 
-# ---- Collectives
+def _wanted(of: Route, begin, end, t: TierBuckets, plan):  # [owners, C] int32
+  """Returns the local rows that this device asks for; the end is padding."""
+  buckets = slice(t.first, t.first + t.count)
+  at = begin[buckets, None] + lax.iota(jnp.int32, t.tier.capacity)[None]
+  there = of.addresses[jnp.minimum(at, of.addresses.shape[0] - 1)]
+  local = there - jnp.asarray(buckets_of(plan).bases)[buckets, None]
+  return jnp.where(at < end[buckets, None], local, t.tier.shard_rows)
 
 
-def _as_bits(x, send):
-  """bfloat16 as bits: XLA:CPU would send it as float32."""
-  if x.dtype != jnp.bfloat16:
-    return send(x)
-  bits = send(lax.bitcast_convert_type(x, jnp.uint16))
-  return lax.bitcast_convert_type(bits, x.dtype)
+def _swap_ids(parts, tiers, plan: Plan):
+  """Sends requests, [owners, C] of each tier, to those who are asked.
 
-
-def all_to_all(x, axis, size: int):  # [size, ...] -> the same, a peer's each
-  if size == 1:
-    return x
-  return _as_bits(x, lambda x: lax.all_to_all(x, axis, 0, 0))
-
-
-def all_gather(x, axis, size: int):  # [C, ...] -> [size C, ...]
-  if size == 1:
-    return x
-  return _as_bits(x, lambda x: lax.all_gather(x, axis, tiled=True))
-
-
-# ---- Between a device and the owners, or the proxies of its node
-
-
-def _send(x, way: Way, plan: Plan):  # [owners, C, ...], by bucket
-  """To who asks the owners of the buckets, or back; the same shape."""
-  if not way.far:
-    return all_to_all(x, AXIS, way.owners)
-  g = way.owners // way.nodes
-  x = x.reshape(g, way.nodes, *x.shape[1:])
-  return all_to_all(x, DEVICES, g).reshape(way.owners, *x.shape[2:])
-
-
-def _slots(route: Route, begin, end, way: Way, plan: Plan):  # [owners, C] int32
-  """What this device asks for; padding asks for the slot past the end."""
-  buckets = slice(way.first, way.first + way.owners)
-  at = begin[buckets, None] + lax.iota(jnp.int32, way.capacity)[None]
-  there = route.addresses[jnp.minimum(at, route.addresses.shape[0] - 1)]
-  slot = there - jnp.asarray(_bases(plan))[buckets, None]
-  return jnp.where(at < end[buckets, None], slot, way.slots)
-
-
-# ---- Proxies
-
-
-class _Union(NamedTuple):
-  """What the peers of a node ask of the owners whose proxy this device is.
-
-  A key is an address, counted from the first owner's; NONE = padding.
+  In one all-to-all between all devices, and one within the nodes for the tiers
+  whose requests are united there.
   """
-
-  keys: jax.Array  # [g N C] int32, of the requests
-  index: jax.Array  # [g N C] int32: a request's position in distinct
-  distinct: jax.Array  # [g N C + 1] int32, ascending, then NONE
-  starts: jax.Array  # [N + 1] int32: where each owner's begin in distinct
-
-
-def _unite(slots, way: Way) -> _Union:  # [g N, C] int32, as received
-  node = jnp.arange(way.owners, dtype=jnp.int32)[:, None] % way.nodes
-  keys = jnp.where(slots < way.slots, slots + node * way.slots, NONE).ravel()
-  distinct, index = coalesce(keys)
-  distinct = jnp.append(distinct, NONE)
-  ends = np.arange(way.nodes + 1, dtype=np.int32) * np.int32(way.slots)
-  starts = jnp.searchsorted(distinct, ends).astype(jnp.int32)
-  return _Union(keys, index, distinct, starts)
-
-
-def _mine(way: Way, plan: Plan):
-  """(bucket, address) of the first owner whose proxy this device is."""
-  j = lax.axis_index(DEVICES).astype(jnp.int32) * way.nodes
-  return way.first + j, _bases(plan)[way.first] + j * way.slots
-
-
-def _first_past(union: _Union, stop, way: Way, plan: Plan):  # [Z] int32
-  """`stop`, or less where a union does not fit."""
-  bucket, base = _mine(way, plan)
-  at = union.starts[:-1] + way.far
-  past = union.distinct[jnp.minimum(at, union.distinct.shape[0] - 1)] + base
-  mine = lax.dynamic_slice(stop, (bucket,), (way.nodes,))
-  mine = jnp.where(at < union.starts[1:], jnp.minimum(past, mine), mine)
-  return lax.dynamic_update_slice(stop, mine, (bucket,))
-
-
-def _ask(union: _Union, stop, way: Way, plan: Plan) -> Asked:
-  """Asks the owners for what is before `stop` [Z] int32."""
-  bucket, base = _mine(way, plan)
-  stop = lax.dynamic_slice(stop, (bucket,), (way.nodes,))
-  limit = jnp.where(stop == NONE, NONE, stop - base)  # [N], as a key
-  node = jnp.arange(way.nodes, dtype=jnp.int32)
-  at = union.starts[:-1, None] + lax.iota(jnp.int32, way.far)[None]
-  keys = union.distinct[jnp.minimum(at, union.distinct.shape[0] - 1)]
-  there = (at < union.starts[1:, None]) & (keys < limit[:, None])
-  slots = jnp.where(there, keys - node[:, None] * way.slots, way.slots)
-  if way.nodes > 1:
-    slots = all_to_all(slots, NODES, way.nodes)
-  owner = jnp.broadcast_to(
-    jnp.tile(node, way.owners // way.nodes)[:, None],
-    (way.owners, way.capacity),
-  ).ravel()
-  index = owner * way.far + union.index - union.starts[owner]
-  index = jnp.where(union.keys < limit[owner], index, way.nodes * way.far)
-  return Asked(slots.reshape(-1), index)
+  out = list(parts)
+  for united in (False, True):
+    members = [i for i, t in enumerate(tiers) if t.united == united]
+    if not members:
+      continue
+    axis, peers = (DEVICE, plan.devices // plan.nodes)
+    if not united:
+      axis, peers = AXES, plan.devices
+    got = all_to_all_joined([parts[i].reshape(peers, -1) for i in members],
+                             axis, peers)  # fmt: skip
+    for i, x in zip(members, got, strict=True):
+      out[i] = x.reshape(parts[i].shape)
+  return out
 
 
 # ---- Rows and gradients
 
 
-def bring(rows, asked: Asked, way: Way, plan: Plan):
-  """The rows [m, d] of asked.slots -> each device's buffer [owners C, d]."""
-  if way.far:
-    rows = _between(rows, way)
-    rows = rows.at[asked.index].get(mode="fill", fill_value=0)
-  rows = rows.reshape(way.owners, way.capacity, -1)
-  return _send(rows, way, plan).reshape(-1, rows.shape[-1])
+def _send(x, t: TierBuckets, plan: Plan):  # [owners, C, d], by bucket
+  """Sends to who asks the owners of the buckets, or back; the same shape."""
+  if not t.united:
+    return all_to_all(x, AXES, t.count)
+  nodes = t.asked_nodes(plan)
+  g = t.count // nodes
+  x = x.reshape(g, nodes, *x.shape[1:])
+  return all_to_all(x, DEVICE, g).reshape(t.count, *x.shape[2:])
 
 
-def give(grads, asked: Asked, way: Way, plan: Plan):
-  """The reverse of `bring`: (slots [m], gradients [m, d]) at the owner.
+def fetch_rows(rows, asked: Requests, t: TierBuckets, plan: Plan):
+  """Sends an owner's rows [m, d] of the requests to the devices that asked.
 
-  grads [owners C, d]. A slot comes from every device, proxy or node that asked
-  for it; those past the end are padding. Proxies sum in float32.
+  Returns:
+    [owners C, d]: what this device asked for, in its part of the buffer.
   """
-  grads = grads.reshape(way.owners, way.capacity, -1)
-  grads = _send(grads, way, plan).reshape(-1, grads.shape[-1])
-  if not way.far:
-    return asked.slots, grads
-  total = jnp.zeros((way.nodes * way.far, grads.shape[-1]))
+  if asked.index is not None:
+    rows = _between(rows, t, plan)
+    rows = rows.at[asked.index].get(mode="fill", fill_value=0)
+  rows = rows.reshape(t.count, t.tier.capacity, -1)
+  return _send(rows, t, plan).reshape(-1, rows.shape[-1])
+
+
+def return_gradients(grads, asked: Requests, t: TierBuckets, plan: Plan):
+  """Sends the gradients [owners C, d] of fetched rows to their owners.
+
+  The transpose of `fetch_rows`. Proxies sum in float32.
+
+  Returns:
+    (local rows [m] int32, gradients [m, d]) at the owner. A row comes from
+    every device, proxy or node that asked for it; those past the end are
+    padding.
+  """
+  grads = grads.reshape(t.count, t.tier.capacity, -1)
+  grads = _send(grads, t, plan).reshape(-1, grads.shape[-1])
+  if asked.index is None:
+    return asked.local, grads
+  nodes = t.asked_nodes(plan)
+  total = jnp.zeros((nodes * t.tier.node_capacity, grads.shape[-1]))
   total = total.at[asked.index].add(grads.astype(jnp.float32), mode="drop")
   total = total.astype(grads.dtype)
-  if way.nodes > 1:
-    return asked.slots, _between(total, way)
-  both = asked.slots, total
-  return tuple(all_gather(x, NODES, plan.nodes) for x in both)
+  if nodes > 1:
+    return asked.local, _between(total, t, plan)
+  both = asked.local, total
+  return tuple(all_gather(x, NODE, plan.nodes) for x in both)
 
 
-def _between(x, way: Way):  # [N C_far, d]: owners' rows to proxies, or back
-  if way.nodes == 1:
+def _between(x, t: TierBuckets, plan: Plan):  # [N C_node, d]
+  """Sends owners' rows to the proxies that asked, or back."""
+  nodes = t.asked_nodes(plan)
+  if nodes == 1:
     return x
-  return all_to_all(
-    x.reshape(way.nodes, way.far, -1), NODES, way.nodes
-  ).reshape(x.shape)
+  x = x.reshape(nodes, t.tier.node_capacity, -1)
+  return all_to_all(x, NODE, nodes).reshape(-1, x.shape[-1])
 
 
-def hot_slots(route: Route, now: Round, plan: Plan):
-  """[C_hot] int32: the round's hot rows of this device; padding past the end.
+def gathered_rows(of: Route, now: Round, t: TierBuckets):  # -> [C] int32
+  """Returns this device's touched replicas of a round; the end is padding.
 
-  Their gradients are in the last bucket of the buffer.
+  Their gradients are in the tier's part of the buffer.
   """
-  at = now.begin[-1] + lax.iota(jnp.int32, plan.capacity_hot)
-  there = route.addresses[jnp.minimum(at, route.addresses.shape[0] - 1)]
-  return jnp.where(at < now.end[-1], there - _bases(plan)[-2], plan.hot)
+  at = now.begin[t.first] + lax.iota(jnp.int32, t.tier.capacity)
+  there = of.addresses[jnp.minimum(at, of.addresses.shape[0] - 1)]
+  return jnp.where(at < now.end[t.first], there - t.base, t.tier.rows)
 
 
-def positions(route: Route, now: Round, plan: Plan):  # [L] int32
-  """Where each lookup's row lies in the round's buffer; else the buffer's end.
+def buffer_places(
+  of: Route, now: Round, plan: Plan, lookups: Sequence[int]
+) -> list[jax.Array]:
+  """Returns where each lookup's row lies in the round's buffer of its group.
 
-  The buffer holds the buckets one after the other, each of its capacity. A
-  lookup of another round, or of nothing that is exchanged, gets the end.
+  A group's buffer holds its buckets one after the other, each of its capacity.
+
+  Args:
+    of: what this device looks up.
+    now: the round.
+    plan: whose rows they are.
+    lookups: of a device and step, a group.
+
+  Returns:
+    [lookups] int32 of each group; a lookup of another round, or of a row that
+    does not travel, gets the buffer's end.
   """
-  starts = buffer_starts(plan)
+  known = buckets_of(plan)
   past = jnp.zeros(1, jnp.int32)
-  begin = jnp.append(now.begin, past)[route.bucket]
-  end = jnp.append(now.end, past)[route.bucket]
-  at = jnp.asarray(starts)[route.bucket] + route.index - begin
-  inside = (begin <= route.index) & (route.index < end)
-  return jnp.where(inside, at, starts[-1])
+  begin = jnp.append(now.begin, past)[of.bucket]
+  end = jnp.append(now.end, past)[of.bucket]
+  at = jnp.asarray(np.append(known.buffer, 0))[of.bucket] + of.index - begin
+  inside = (begin <= of.index) & (of.index < end)
+  places, first = [], 0
+  for size, count in zip(known.sizes, lookups, strict=True):
+    mine = slice(first, first + count)
+    places.append(jnp.where(inside[mine], at[mine], size))
+    first += count
+  return places

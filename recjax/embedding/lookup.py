@@ -1,394 +1,199 @@
-"""Three tiers -> activations [b, A, d]; and back: gradients -> updated rows.
+"""The forward pass of the embedding: a batch's ids -> each feature's vectors.
 
-Both run inside `shard_map`, on a device's part of the batch. The lookup is
-linear in the rows: `spread` is the transpose of `pool`, and a table is never
-differentiated through.
+Runs inside `shard_map`, on a device's part of the batch. The lookup is linear
+in the rows; its transpose is update.py, and a table is never differentiated
+through.
 """
 
-import itertools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from recjax.embedding import exchange
-from recjax.embedding import table_wise as pooled_lib
-from recjax.embedding.exchange import NONE, Round, Route
-from recjax.embedding.optimizers import Optimizer
+from recjax.embedding import exchange, table_wise
+from recjax.embedding.buckets import buckets_of
+from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.exchange import Round, Route
+from recjax.embedding.pooling import by_feature, coefficients, masks_of, pool
+from recjax.embedding.table_wise import BagResiduals
 from recjax.embedding.tables import (
   DEVICE,
   HOST,
   Tables,
-  Tier,
-  first_rank,
+  TierArrays,
   gather,
   on_host,
-  owners_of,
-  row_bits,
-  scatter,
 )
-from recjax.mesh import AXIS
-from recjax.plan.plan import Plan
-from recjax.schema import Feature
+from recjax.plan.plan import Tier
 
 
-class Trip(NamedTuple):
-  """What the lookup leaves for the update of the same batch."""
+class GroupResiduals(NamedTuple):
+  """What the lookup of a group leaves for its update."""
 
-  ids: jax.Array  # [L] int32
-  coefficients: jax.Array | None  # [b, S] float32
-  route: Route
-  round: Round  # the first
-  sent: pooled_lib.Sent | None  # to the owners of pooled tables
+  ids: jax.Array  # [L] int32 positions, -1 = none or with a table's owner
+  coefficients: jax.Array | None  # [b, S] float32; None = 1
+  bags: BagResiduals | None  # of table-wise tables
 
 
-# ---- Pooling
+class Residuals(NamedTuple):
+  """What the lookup of a batch leaves for the update."""
+
+  groups: tuple[GroupResiduals, ...]
+  route: Route | None  # None where no row travels
+  round: Round | None  # the first
+
+  @property
+  def lookups(self) -> tuple[int, ...]:
+    """L of each group."""
+    return tuple(g.ids.shape[0] for g in self.groups)
 
 
-def coefficients(ids, weights, features: tuple[Feature, ...]):
-  """What each lookup's row is multiplied with; None where all are 1.
-
-  ids [b, S] int32, weights [b, S] float32 or None -> [b, S] float32. A mean
-  divides by the number of lookups, a weighted mean by the sum of weights.
-  """
-  if all(f.pooling != "mean" and not f.weighted for f in features):
-    return None
-  there = (ids >= 0).astype(jnp.float32)
-  out, at = [], 0
-  for f in features:
-    w = there[:, at : at + f.hotness]
-    if f.weighted:
-      w = w * weights[:, at : at + f.hotness]
-    if f.pooling == "mean":
-      total = jnp.sum(w, axis=1, keepdims=True)
-      w = w / jnp.where(total == 0, 1, total)
-    out.append(w)
-    at += f.hotness
-  return jnp.concatenate(out, axis=1)
-
-
-def pool(take, coefficients, features: tuple[Feature, ...]):
-  """Activations [b, A, d] float32 of the rows that a batch looks up.
-
-  Each bag is summed where its rows are gathered: the rows of all bags, many
-  times the activations, are never there at once.
+def forward(
+  embedding: Embedding, tables: Tables, batch: Mapping[str, jax.Array]
+):
+  """Looks up the rows of a batch.
 
   Args:
-    take: slice of the S columns -> their rows [b, columns, d] float32.
-    coefficients: [b, S] or None.
-    features: F; neighbours that are not summed are gathered together.
-  """
-  out, at = [], 0
-  alike = itertools.groupby(features, lambda f: f.activations < f.hotness)
-  for summed, group in alike:
-    widths = [f.hotness for f in group]
-    for width in widths if summed else [sum(widths)]:
-      columns = slice(at, at + width)
-      rows = take(columns)
-      if coefficients is not None:
-        rows = rows * coefficients[:, columns, None]
-      out.append(jnp.sum(rows, axis=1, keepdims=True) if summed else rows)
-      at += width
-  return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
-
-
-def spread(gradients, coefficients, features: tuple[Feature, ...]):
-  """The transpose of `pool`: [b, A, d] float32 -> [b, S, d], of the rows.
-
-  A gather of rows; derived by JAX it would be a sum of padded arrays, one a
-  feature, with which a step of 214 lookups took twice (dim 16) and ten times
-  (dim 64) as long on XLA:CPU, jax 0.12 (scripts/bench_step.py --multi_hot).
-  """
-  b, _, dim = gradients.shape
-  column, activations = [], 0  # [S]: the activation that it goes to
-  for f in features:
-    own = range(f.hotness) if f.pooling == "none" else [0] * f.hotness
-    column += [activations + i for i in own]
-    activations += f.activations
-  if activations < len(column):
-    first = activations * lax.iota(jnp.int32, b)
-    at = first[:, None] + np.array(column, np.int32)[None]
-    gradients = gradients.reshape(-1, dim)[at]
-  if coefficients is not None:
-    gradients = gradients * coefficients[..., None]
-  return gradients
-
-
-# ---- Read
-
-
-def _hot_slots(ids, plan: Plan):  # [...] int32 -> [...]; other rows: the end
-  return jnp.where((ids >= 0) & (ids < plan.hot), ids, plan.hot)
-
-
-def _rows_at(tier: Tier, slots, host: bool):  # [m] int32 -> [m, d]
-  index = jnp.stack([slots, jnp.zeros_like(slots)], axis=1)
-  if host:
-    index = jax.device_put(index, HOST)
-    return on_host(gather, DEVICE)(tier.rows, index)
-  return gather(tier.rows, index)
-
-
-def read(
-  tables: Tables,
-  ids,  # [b, S] int32 ranks (or positions, see plan/positions.py), -1 = none
-  weights,  # [b, S] float32 or None
-  features: tuple[Feature, ...],
-  plan: Plan,
-  exchange_dtype,
-):
-  """Activations [b, A, d] float32, and the trip for `update`."""
-  alone = ids  # that travel row by row
-  if plan.pooled:
-    alone = jnp.where(pooled_lib.lookups(ids, features, plan), -1, ids)
-  flat = alone.reshape(-1)
-  coef = coefficients(ids, weights, features)
-
-  def from_buffers(now):
-    buffers = []
-    for name, way in exchange.ways(plan).items():
-      asked = getattr(now, name)
-      rows = _rows_at(getattr(tables, name), asked.slots, name == "cold")
-      rows = rows.astype(exchange_dtype)
-      buffers.append(exchange.bring(rows, asked, way, plan))
-    rows = jnp.concatenate(buffers) if len(buffers) > 1 else buffers[0]
-    at = exchange.positions(route, now, plan).reshape(ids.shape)
-    take = lambda at: rows.at[at].get(mode="fill", fill_value=0)
-    return lambda columns: take(at[:, columns])
-
-  def from_replica(columns):
-    at = _hot_slots(alone[:, columns], plan)
-    return tables.hot.rows.at[at].get(mode="fill", fill_value=0)
-
-  def pooled(*tiers):
-    take = lambda columns: sum(x(columns).astype(jnp.float32) for x in tiers)
-    return pool(take, coef, features)
-
-  with jax.named_scope("route"):
-    route = exchange.route(flat, plan)
-    now = exchange.next_round(route, route.starts[:-1], plan)
-  with jax.named_scope("lookup"):
-    tiers = []
-    if plan.hot < plan.rows:
-      tiers.append(from_buffers(now))
-    if plan.hot:
-      tiers.append(from_replica)
-    activations = pooled(*tiers)
-    if plan.hot < plan.rows and not exchange.one_round(plan, flat.shape[0]):
-
-      def more(carry):
-        activations, begin, _ = carry
-        now = exchange.next_round(route, begin, plan)
-        return activations + pooled(from_buffers(now)), now.end, now.more
-
-      activations, *_ = lax.while_loop(
-        lambda c: c[2], more, (activations, now.end, now.more)
-      )
-    sent = None
-    if plan.pooled:
-      at, vectors, sent = pooled_lib.read(
-        tables.warm, ids, features, plan, exchange_dtype
-      )
-      activations = activations.at[:, at].add(vectors, unique_indices=True)
-  return activations, Trip(flat, coef, route, now, sent)
-
-
-# ---- Update
-
-
-def _stochastic_round(x, bits):  # float32, uint32 -> bfloat16
-  """Rounds up with the probability that makes the result unbiased."""
-  raw = lax.bitcast_convert_type(x, jnp.uint32)
-  raw = (raw + (bits & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
-  return lax.bitcast_convert_type(raw, jnp.float32).astype(jnp.bfloat16)
-
-
-def _new_rows(old: Tier, grads, bits, step, optimizer: Optimizer) -> Tier:
-  """The optimizer on m touched rows. grads [m, d] float32."""
-  rows, slots = optimizer.update(
-    old.rows.astype(jnp.float32), old.slots, grads, step
-  )
-  if bits is not None:
-    rows = _stochastic_round(rows, bits)
-  return Tier(rows, slots)
-
-
-def _bits(ranks, plan: Plan, step, seed):
-  if plan.dtype == "float32":
-    return None
-  # Not the bits that the rows began with: their key is the seed.
-  return row_bits(ranks, plan.dim, seed + step.astype(jnp.uint32) + 1)
-
-
-def _summed(slots, grads, size: int, devices: int, copies: int):
-  """Each slot once, with its gradient summed over devices, in float32.
-
-  slots [m] int32, those from `size` on are padding; grads [m, d]. The slots
-  that come back are all distinct, padding too, as scatter wants them. Each of
-  the row's copies gets the same bits: it adds what they sent in their order.
-  """
-  grads = grads.astype(jnp.float32)
-  if devices > 1:  # one device sends no slot twice
-    slots, index = exchange.coalesce(jnp.where(slots < size, slots, NONE))
-    parts = index.reshape(copies, -1), grads.reshape(copies, -1, grads.shape[1])
-
-    def add(i, total):  # a sender's slots are distinct but for padding
-      index, part = (x[i] for x in parts)
-      return total.at[index].add(part)
-
-    grads = jnp.zeros_like(grads)
-    grads = (
-      add(0, grads) if copies == 1 else lax.fori_loop(0, copies, add, grads)
-    )
-  padding = size + lax.iota(jnp.int32, slots.shape[0])
-  return jnp.where(slots < size, slots, padding), grads
-
-
-def _update_hot_dense(tier: Tier, trip, grads, plan, optimizer, step, seed):
-  """Dense all-reduce of the replicas' gradients; untouched rows stay."""
-  at = _hot_slots(trip.ids, plan)
-  # One more column counts the uses, so that one all-reduce carries both.
-  grads = jnp.concatenate([grads, jnp.ones((grads.shape[0], 1))], axis=1)
-  total = jnp.zeros((plan.hot, plan.dim + 1)).at[at].add(grads, mode="drop")
-  if plan.devices > 1:
-    total = lax.psum(total, AXIS)
-  touched = total[:, -1] > 0
-  bits = _bits(lax.iota(jnp.int32, plan.hot), plan, step, seed)
-  new = _new_rows(tier, total[:, :-1], bits, step, optimizer)
-
-  def keep(new, old):  # [hot] or [hot, d]
-    mask = touched if old.ndim == 1 else touched[:, None]
-    return jnp.where(mask, new, old)
-
-  return jax.tree.map(keep, new, tier)
-
-
-def _update_hot_sparse(tier: Tier, slots, grads, plan, optimizer, step, seed):
-  """Every device gathers what all touched, and updates its replica alike.
-
-  slots [C_hot] int32, grads [C_hot, d].
-  """
-  slots = exchange.all_gather(slots, AXIS, plan.devices)
-  grads = exchange.all_gather(grads, AXIS, plan.devices)
-  slots, grads = _summed(slots, grads, plan.hot, plan.devices, plan.devices)
-  old = jax.tree.map(lambda x: x.at[slots].get(mode="clip"), tier)
-  bits = _bits(slots, plan, step, seed)
-  new = _new_rows(old, grads, bits, step, optimizer)
-  return jax.tree.map(
-    lambda x, y: x.at[slots].set(y, mode="drop", unique_indices=True),
-    tier,
-    new,
-  )
-
-
-def _update_sharded(name, tier, slots, grads, plan, optimizer, step, seed):
-  """Sums what was sent for a row, and updates it once, in place.
-
-  slots [m] int32, grads [m, d]: of exchange.give.
-  """
-  size = tier.rows.shape[0]
-  owners, _ = owners_of(plan, name)
-  copies = plan.devices // owners
-  slots, grads = _summed(slots, grads, size, plan.devices, copies)
-  return _update_rows(name, tier, slots, grads, plan, optimizer, step, seed)
-
-
-def _update_rows(name, tier, slots, grads, plan, optimizer, step, seed):
-  """slots [m] int32, distinct, padding past the end; grads [m, d] float32."""
-  owners, axes = owners_of(plan, name)
-  owner = lax.axis_index(axes).astype(jnp.int32)
-  ranks = first_rank(plan, name) + slots * owners + owner
-  bits = _bits(ranks, plan, step, seed)
-  index = jnp.stack([slots, jnp.zeros_like(slots)], axis=1)
-
-  def apply(tier, index, grads, bits, step):
-    old = jax.tree.map(lambda x: gather(x, index), tier)
-    new = _new_rows(old, grads, bits, step, optimizer)
-    return jax.tree.map(lambda x, y: scatter(x, index, y), tier, new)
-
-  operands = (index, grads, bits, step)
-  if name == "cold":
-    return on_host(apply)(tier, *jax.device_put(operands, HOST))
-  return apply(tier, *operands)
-
-
-def update(
-  tables: Tables,
-  trip: Trip,
-  gradients,  # [b, A, d] float32, of the activations
-  features: tuple[Feature, ...],
-  plan: Plan,
-  exchange_dtype,
-  optimizer: Optimizer,
-  step,  # [] int32
-  seed,  # [] uint32, for stochastic rounding
-):
-  """Every touched row updated once, with its gradient summed over all uses.
+    embedding: the groups.
+    tables: a device's shards.
+    batch: ids [b, S] int32, positions of the rows in their groups (ranks,
+      unless tables are table-wise: plan/positions.py), -1 = none; and maybe
+      weights [b, S] float32.
 
   Returns:
-    (tables, the number of rounds that it took [] int32).
+    ({feature: [b, h, d] float32}, Residuals).
   """
-  grads = spread(gradients, trip.coefficients, features)
-  grads = grads.reshape(-1, plan.dim)  # [L, d]
-
-  hot = tables.hot
-  sparse = plan.hot > 0 and plan.hot_sync == "sparse"
-  if plan.hot and not sparse:
-    hot = _update_hot_dense(hot, trip, grads, plan, optimizer, step, seed)
-  if plan.hot == plan.rows and not sparse:
-    return tables._replace(hot=hot), jnp.ones((), jnp.int32)
-
-  warm = tables.warm
-  if trip.sent is not None:
-    warm = _update_rows(
-      "warm",
-      warm,
-      *pooled_lib.gradients(
-        trip.sent,
-        gradients,
-        features,
-        plan,
-        exchange_dtype,
-        warm.rows.shape[0],
-      ),
-      plan,
-      optimizer,
-      step,
-      seed,
-    )
-  *starts, hot_start, total = exchange.buffer_starts(plan)
-
-  def one_round(tiers: Tables, now) -> Tables:
-    at = exchange.positions(trip.route, now, plan)
-    buffer = jnp.zeros((total, plan.dim)).at[at].add(grads, mode="drop")
-    buffer = buffer.astype(exchange_dtype)
-    new = tiers._asdict()
-    for name, way in exchange.ways(plan).items():
-      start = starts[way.first]
-      part = buffer[start : start + way.owners * way.capacity]
-      slots, part = exchange.give(part, getattr(now, name), way, plan)
-      new[name] = _update_sharded(
-        name, new[name], slots, part, plan, optimizer, step, seed
+  plan, ids = embedding.plan, batch["ids"]
+  groups, own_ids = [], []
+  for g in embedding.groups:
+    mine = g.take(ids)
+    weights = g.take(batch["weights"]) if "weights" in batch else None
+    coef = coefficients(mine, weights, g.features)
+    own_ids.append(mine)
+    if g.group.table_wise:
+      there = table_wise.to_owners(mine, g, plan.devices)
+      mine = jnp.where(there, -1, mine)
+    groups.append(GroupResiduals(mine.reshape(-1), coef, None))
+  residuals = Residuals(tuple(groups), None, None)
+  if buckets_of(plan).tiers:
+    with jax.named_scope("route"):
+      route = exchange.route([x.ids for x in groups], plan)
+      now = exchange.plan_round(
+        route, route.starts[:-1], plan, residuals.lookups
       )
-    if sparse:
-      slots = exchange.hot_slots(trip.route, now, plan)
-      new["hot"] = _update_hot_sparse(
-        tiers.hot, slots, buffer[hot_start:], plan, optimizer, step, seed
+    residuals = residuals._replace(route=route, round=now)
+  with jax.named_scope("lookup"):
+    return _read(embedding, tables, own_ids, residuals)
+
+
+def masks(embedding: Embedding, ids):  # [b, S] int32
+  """Returns which positions of sequences hold an id: {feature: [b, h] bool}."""
+  found = {}
+  for g in embedding.groups:
+    found |= masks_of(g.take(ids), g.features)
+  return found
+
+
+def _read(embedding: Embedding, tables: Tables, ids, residuals: Residuals):
+  """Returns the activations by feature, and the residuals with the bags'."""
+  now, plan = residuals.round, embedding.plan
+  arrived = {} if now is None else _fetch(embedding, tables, residuals, now)
+  vectors = []
+  for i, g in enumerate(embedding.groups):
+    sources = [arrived[i]] if i in arrived else []
+    if g.group.hot:
+      mine = residuals.groups[i].ids.reshape(-1, g.lookups)
+      sources.append(_of_replicas(tables[g.name], mine, g))
+    vectors.append(_pooled(sources, residuals.groups[i], g))
+  if arrived and not exchange.one_round(plan, residuals.lookups):
+    vectors = _more_rounds(embedding, tables, residuals, vectors)
+  activations, groups = {}, list(residuals.groups)
+  for i, g in enumerate(embedding.groups):
+    if g.group.table_wise:
+      tier = g.group.table_wise_tier
+      at, of_bags, bags = table_wise.read_bags(
+        tables[g.name][tier.name], ids[i], g, embedding
       )
-    return Tables(**new)
+      vectors[i] = vectors[i].at[:, at].add(of_bags, unique_indices=True)
+      groups[i] = groups[i]._replace(bags=bags)
+    activations |= by_feature(vectors[i], g.features)
+  return activations, residuals._replace(groups=tuple(groups))
 
-  tables = one_round(tables._replace(hot=hot, warm=warm), trip.round)
-  rounds = jnp.ones((), jnp.int32)
-  if not exchange.one_round(plan, trip.ids.shape[0]):
 
-    def more(carry):
-      tables, begin, _, rounds = carry
-      now = exchange.next_round(trip.route, begin, plan)
-      return one_round(tables, now), now.end, now.more, rounds + 1
+def _pooled(sources: list[Callable], of: GroupResiduals, g: EmbeddingGroup):
+  """Returns [b, A, d] of the sum of what each source has of the rows."""
+  take = lambda columns: sum(x(columns).astype(jnp.float32) for x in sources)
+  return pool(take, of.coefficients, g.features)
 
-    tables, *_, rounds = lax.while_loop(
-      lambda c: c[2], more, (tables, trip.round.end, trip.round.more, rounds)
-    )
-  return tables, rounds
+
+def _of_replicas(tiers: dict[str, TierArrays], ids, g: EmbeddingGroup):
+  """Returns a taker of columns' hot rows; other rows are 0."""
+  tier = g.group.hot
+
+  def take(columns):
+    at = replica_rows(ids[:, columns], tier)
+    return tiers[tier.name].rows.at[at].get(mode="fill", fill_value=0)
+
+  return take
+
+
+def replica_rows(ids, tier: Tier):  # [...] int32 -> [...] int32
+  """Returns the local rows of hot ids; of others the tier's end."""
+  return jnp.where((ids >= 0) & (ids < tier.rows), ids, tier.rows)
+
+
+def _fetch(embedding, tables, residuals: Residuals, now: Round):
+  """Fetches a round's rows: {group: taker of columns}; other rows are 0."""
+  plan, route = embedding.plan, residuals.route
+  known = buckets_of(plan)
+  buffers: dict[int, list] = {}
+  for t, asked in zip(known.sharded, now.requests, strict=True):
+    g = embedding.groups[t.group]
+    rows = _rows_at(tables[g.name][t.tier.name], asked.local, t.tier)
+    rows = rows.astype(embedding.wire_dtype)
+    rows = exchange.fetch_rows(rows, asked, t, plan)
+    buffers.setdefault(t.group, []).append(rows)
+  places = exchange.buffer_places(route, now, plan, residuals.lookups)
+  found = {}
+  for i, parts in buffers.items():
+    buffer = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+    at = places[i].reshape(-1, embedding.groups[i].lookups)
+    found[i] = _taker(buffer, at)
+  return found
+
+
+def _taker(buffer, at):  # [C, d], [b, S] int32 -> columns -> [b, columns, d]
+  return lambda columns: buffer.at[at[:, columns]].get(
+    mode="fill", fill_value=0
+  )
+
+
+def _rows_at(arrays: TierArrays, local, tier: Tier):  # [m] int32 -> [m, d]
+  index = jnp.stack([local, jnp.zeros_like(local)], axis=1)
+  if tier.memory == "host":
+    index = jax.device_put(index, HOST)
+    return on_host(gather, DEVICE)(arrays.rows, index)
+  return gather(arrays.rows, index)
+
+
+def _more_rounds(embedding, tables, residuals: Residuals, vectors):
+  """Adds the rows of the rounds after the first, while there are any."""
+  plan, route = embedding.plan, residuals.route
+
+  def add(carry):
+    vectors, begin, _ = carry
+    now = exchange.plan_round(route, begin, plan, residuals.lookups)
+    arrived = _fetch(embedding, tables, residuals, now)
+    vectors = list(vectors)
+    for i, take in arrived.items():
+      of, g = residuals.groups[i], embedding.groups[i]
+      vectors[i] = vectors[i] + _pooled([take], of, g)
+    return vectors, now.end, now.more
+
+  first = residuals.round
+  vectors, *_ = lax.while_loop(
+    lambda c: c[2], add, (vectors, first.end, first.more)
+  )
+  return vectors

@@ -1,14 +1,14 @@
-"""The tables: one row space in three tiers, a pytree outside Flax.
+"""The tables: every group's rows in tiers, a pytree outside Flax.
 
 A sharded tier of K rows is stored as [ceil(K / n), n, d], its second axis over
 the mesh: flattened it is the rank order, and the cyclic ownership is its
-sharding. Where every node has a copy of the warm rows, n is the devices of a
-node and the copies are replicas of the array. It is indexed as it is, never
+sharding. Where every node has a copy of the rows, n is the devices of a node
+and the copies are replicas of the array. It is indexed as it is, never
 reshaped: a reshape around an update would copy the shard.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -18,9 +18,10 @@ from jax import lax
 from jax.experimental import compute_on as compute_on_lib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from recjax.embedding.optimizers import Optimizer
-from recjax.mesh import AXIS, DEVICES
-from recjax.plan.plan import Plan
+from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.row_random import initial_rows
+from recjax.plan.plan import Tier
+from recjax.schema import AXES
 
 # The function form, which took over the name after jax 0.10.
 _compute_on: Callable = getattr(
@@ -30,60 +31,86 @@ _compute_on: Callable = getattr(
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 
 
-class Tier(NamedTuple):
-  """rows [K, d] (hot) or [ceil(K/n), n, d]; slots the same or without d."""
+class TierArrays(NamedTuple):
+  """Rows of a tier and their slot variables.
 
-  rows: jax.Array
-  slots: dict[str, jax.Array]
-
-
-class Tables(NamedTuple):
-  """The row space in rank order; a tier without rows is None.
-
-  Where tables are pooled at owners, warm rows are in the order of plan/positions.py.
+  rows [K, d] of replicas, or [ceil(K / n), n, d]; a slot variable the same, or
+  without d.
   """
 
-  hot: Tier | None
-  warm: Tier | None
-  cold: Tier | None
+  rows: jax.Array
+  slots: dict[str, jax.Array]  # slot variables by name
 
 
-def owners_of(plan: Plan, tier: str) -> tuple[int, str | tuple[str, str]]:
-  """(devices that share out a tier's rows, cyclic in rank; their axes)."""
-  if tier == "warm" and plan.warm_copies == "node":
-    return plan.warm_owners, DEVICES
-  return plan.devices, AXIS
+# Of each group, by its name, its tiers with rows, by their names: in rank
+# order, or in the order of positions where tables are table-wise.
+Tables = dict[str, dict[str, TierArrays]]
 
 
-def specs(plan: Plan, optimizer: Optimizer) -> Tables:
-  """PartitionSpecs of the tables, as `shard_map` wants them."""
-
-  def tier(present, spec):
-    return Tier(spec, dict.fromkeys(optimizer.slots, spec)) if present else None
-
-  def sharded(name):
-    spec = PartitionSpec(None, owners_of(plan, name)[1])
-    return tier(getattr(plan, name), spec)
-
-  return Tables(
-    tier(plan.hot, PartitionSpec()), sharded("warm"), sharded("cold")
-  )
+def spec_of(tier: Tier) -> PartitionSpec:
+  """Returns the PartitionSpec of a tier's arrays."""
+  if not tier.axes:
+    return PartitionSpec()
+  return PartitionSpec(None, tier.axes if len(tier.axes) > 1 else tier.axes[0])
 
 
-def shardings(plan: Plan, optimizer: Optimizer, mesh: Mesh) -> Tables:
-  """NamedShardings of the tables: the cold tier's are in host memory."""
-  device = mesh.devices.flat[0].default_memory().kind
-  kinds = Tables(device, device, "pinned_host")
-  return Tables(
-    *(
-      jax.tree.map(lambda s, k=kind: NamedSharding(mesh, s, memory_kind=k), t)
-      for kind, t in zip(kinds, specs(plan, optimizer), strict=True)
-    )
-  )
+def specs(embedding: Embedding) -> Tables:
+  """Returns the PartitionSpecs of the tables, as `shard_map` wants them."""
+  return {
+    g.name: {
+      t.name: TierArrays(
+        spec_of(t), dict.fromkeys(g.optimizer.slots, spec_of(t))
+      )
+      for t in g.group.tiers
+    }
+    for g in embedding.groups
+  }
+
+
+def shapes(embedding: Embedding) -> Tables:
+  """Returns the shapes and dtypes of the tables."""
+  found: Tables = {}
+  for g in embedding.groups:
+    found[g.name] = {}
+    for t in g.group.tiers:
+      shape = (t.shard_rows, t.owners) if t.axes else (t.rows,)
+      slots = {
+        name: jax.ShapeDtypeStruct(
+          (*shape, g.dim) if wide else shape, jnp.float32
+        )
+        for name, wide in g.optimizer.slots.items()
+      }
+      rows = jax.ShapeDtypeStruct((*shape, g.dim), g.group.dtype)
+      found[g.name][t.name] = TierArrays(rows, slots)
+  return found
+
+
+def shardings(embedding: Embedding, mesh: Mesh) -> Tables:
+  """Returns the NamedShardings of the tables, with each tier's memory."""
+  of_memory = {
+    "device": mesh.devices.flat[0].default_memory().kind,
+    "host": "pinned_host",
+  }
+  memory = {
+    g.name: {t.name: of_memory[t.memory] for t in g.group.tiers}
+    for g in embedding.groups
+  }
+  return {
+    group: {
+      tier: jax.tree.map(
+        lambda s, kind=memory[group][tier]: NamedSharding(
+          mesh, s, memory_kind=kind
+        ),
+        of_tier,
+      )
+      for tier, of_tier in tiers.items()
+    }
+    for group, tiers in specs(embedding).items()
+  }
 
 
 def on_host(f: Callable, out_space=HOST) -> Callable:
-  """f, run on the host on operands in host memory, inside a jitted step.
+  """Makes f run on the host, on operands in host memory, in a jitted step.
 
   Every operand, index and constant array must be in host memory already; the
   result goes to `out_space`.
@@ -92,7 +119,7 @@ def on_host(f: Callable, out_space=HOST) -> Callable:
 
 
 def gather(x, index):  # [s, 1, ...], [m, 2] int32 -> [m, ...]
-  """Rows x[slot, 0] of a shard; a slot past the end gives some row."""
+  """Returns rows x[local row, 0] of a shard; past its end, some row."""
   tail = x.shape[2:]
   dims = lax.GatherDimensionNumbers(
     offset_dims=tuple(range(1, 1 + len(tail))),
@@ -105,7 +132,7 @@ def gather(x, index):  # [s, 1, ...], [m, 2] int32 -> [m, ...]
 
 
 def scatter(x, index, rows):  # [s, 1, ...], [m, 2] int32, [m, ...]
-  """x with x[slot, 0] = row; slots are distinct, those past the end dropped."""
+  """Sets x[local row, 0] = row, for distinct rows; drops those past the end."""
   dims = lax.ScatterDimensionNumbers(
     update_window_dims=tuple(range(1, rows.ndim)),
     inserted_window_dims=(0, 1),
@@ -115,161 +142,136 @@ def scatter(x, index, rows):  # [s, 1, ...], [m, 2] int32, [m, ...]
   return lax.scatter(x, index, rows, dims, unique_indices=True, mode=mode)
 
 
-# ---- Random numbers that belong to a row
-
-
-def mix(x):  # uint32 -> uint32, any shape
-  """A bijective finalizer with full avalanche (C. Wellons' lowbias32)."""
-  x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-  x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-  return x ^ (x >> 16)
-
-
-def row_bits(ranks, dim: int, key):  # ranks [...] int32 -> [..., d] uint32
-  """Random bits that depend on the key, the row's rank and the column only.
-
-  So the same rows start with, and round to, the same numbers on every mesh
-  and under every plan. `key` is a uint32.
-  """
-  seed = mix(ranks.astype(jnp.uint32) + mix(jnp.asarray(key, jnp.uint32)))
-  column = mix(lax.iota(jnp.uint32, dim) + np.uint32(0x9E3779B9))
-  return mix(seed[..., None] ^ column.reshape((1,) * ranks.ndim + (dim,)))
-
-
-def initial_rows(ranks, dim: int, scale: float, seed):
-  """Uniform in +-scale. ranks [...] int32 -> [..., d] float32."""
-  bits = row_bits(ranks, dim, seed)
-  unit = (bits >> 8).astype(jnp.float32) * np.float32(2.0**-23) - 1.0
-  return unit * scale
-
-
-# ---- Whole tables
+# ---- First values
 
 
 def init(
-  plan: Plan,
-  optimizer: Optimizer,
+  embedding: Embedding,
   mesh: Mesh,
   scale: float,
-  seed: int,
-  warm_ranks: np.ndarray | None = None,
+  ranks: Mapping[str, np.ndarray] | None = None,
 ) -> Tables:
-  """Rows uniform in +-scale by (seed, rank, column), slots 0.
+  """Makes rows uniform in +-scale by (seed, rank, column), slot variables 0.
 
   Every shard is computed where it belongs, without a temporary copy.
-  `warm_ranks` [warm] int32 are those of the warm positions, where they are not
-  in order; a position without a row, -1, gets zeros.
+
+  Args:
+    embedding: the groups.
+    mesh: where they go.
+    scale: of the rows.
+    ranks: of groups with table-wise tables, the ranks [positions] int32 of that
+      tier's positions; one without a row, -1, gets zeros.
   """
+  place = PartitionSpec(None, AXES)
+  given = {
+    g.name: _placed_ranks(g, (ranks or {})[g.name], NamedSharding(mesh, place))
+    for g in embedding.groups
+    if g.group.table_wise
+  }
+  seeds = np.array([g.seed for g in embedding.groups], np.uint32)
 
-  def tier(ranks, seed):
-    slots = {
-      name: jnp.zeros(
-        (*ranks.shape, plan.dim) if wide else ranks.shape, jnp.float32
-      )
-      for name, wide in optimizer.slots.items()
+  def make(seeds, given):  # a device's shards
+    return {
+      g.name: {
+        t.name: _first_tier(g, t, scale, seeds[i], given.get(g.name))
+        for t in g.group.tiers
+      }
+      for i, g in enumerate(embedding.groups)
     }
-    rows = initial_rows(ranks, plan.dim, scale, seed).astype(plan.dtype)
-    return Tier(rows, slots)
 
-  def sharded(first, name, slots):
-    owners, _ = owners_of(plan, name)
-
-    def make(owner, seed):
-      slot = lax.broadcasted_iota(jnp.int32, (slots, 1), 0)
-      return tier(slot * owners + owner.reshape(1, 1) + first, seed)
-
-    return make
-
-  def owner(name):
-    return lax.axis_index(owners_of(plan, name)[1]).astype(jnp.int32)
-
-  def make(seed, warm_ranks):  # of a device's shard
-    hot = warm = cold = None
-    if plan.hot:
-      hot = tier(lax.iota(jnp.int32, plan.hot), seed)
-    if warm_ranks is not None:
-      warm = tier(warm_ranks, seed)
-      rows = jnp.where(warm_ranks[..., None] < 0, 0, warm.rows)
-      warm = warm._replace(rows=rows)
-    elif plan.warm:
-      warm = sharded(plan.hot, "warm", plan.warm_slots)(owner("warm"), seed)
-    if plan.cold:
-      first = plan.warm_end - plan.spare
-      make_cold = on_host(sharded(first, "cold", plan.cold_slots))
-      cold = make_cold(*jax.device_put((owner("cold"), seed), HOST))
-    return Tables(hot, warm, cold)
-
-  place = PartitionSpec(None, AXIS)
-  if warm_ranks is not None:
-    padding = plan.warm_slots * plan.devices - len(warm_ranks)
-    ranks = np.pad(warm_ranks, (0, padding), constant_values=-1)
-    ranks = ranks.reshape(-1, plan.devices)
-    warm_ranks = jax.make_array_from_callback(
-      ranks.shape, NamedSharding(mesh, place), lambda i: ranks[i]
-    )
   make = jax.shard_map(
     make,
     mesh=mesh,
     in_specs=(PartitionSpec(), place),
-    out_specs=specs(plan, optimizer),
+    out_specs=specs(embedding),
     check_vma=False,
   )
-  make = jax.jit(make, out_shardings=shardings(plan, optimizer, mesh))
-  return make(np.uint32(seed), warm_ranks)
+  return jax.jit(make, out_shardings=shardings(embedding, mesh))(seeds, given)
 
 
-def _blocks(plan: Plan, block_rows: int) -> Iterator[tuple[str, int, int]]:
-  """(tier, first slot, slots) of every block with rows, in rank order.
+def _placed_ranks(g: EmbeddingGroup, ranks: np.ndarray, place: NamedSharding):
+  """Returns the table-wise tier's ranks as [shard rows, n], over the mesh."""
+  tier = g.group.table_wise_tier
+  assert tier is not None
+  padding = tier.shard_rows * tier.owners - len(ranks)
+  ranks = np.pad(ranks, (0, padding), constant_values=-1)
+  ranks = ranks.reshape(-1, tier.owners)
+  return jax.make_array_from_callback(ranks.shape, place, lambda i: ranks[i])
 
-  A block of a sharded tier is `slots` rows of each of its n owners, so slots
-  [s, s + k) are the tier's ranks [s n, (s + k) n).
+
+def _first_tier(g: EmbeddingGroup, tier: Tier, scale: float, seed, ranks):
+  """Returns a device's part of a tier; ranks [shard rows, 1] where given."""
+
+  def values(ranks, seed):
+    shape = {True: (*ranks.shape, g.dim), False: ranks.shape}
+    slots = {
+      name: jnp.zeros(shape[wide], jnp.float32)
+      for name, wide in g.optimizer.slots.items()
+    }
+    rows = initial_rows(ranks, g.dim, scale, seed).astype(g.group.dtype)
+    return TierArrays(rows, slots)
+
+  def of_owner(owner, seed):
+    local = lax.broadcasted_iota(jnp.int32, (tier.shard_rows, 1), 0)
+    first = g.group.first_rank(tier)
+    return values(local * tier.owners + owner.reshape(1, 1) + first, seed)
+
+  if not tier.axes:
+    return values(lax.iota(jnp.int32, tier.rows), seed)
+  if tier == g.group.table_wise_tier:
+    made = values(ranks, seed)
+    return made._replace(rows=jnp.where(ranks[..., None] < 0, 0, made.rows))
+  owner = lax.axis_index(tier.axes).astype(jnp.int32)
+  if tier.memory == "host":
+    return on_host(of_owner)(*jax.device_put((owner, seed), HOST))
+  return of_owner(owner, seed)
+
+
+# ---- Filling, block by block
+
+
+def _blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
+  """Yields (first local row, local rows) of every block, in rank order.
+
+  Local rows [s, s + k) of all n owners are the tier's ranks [s n, (s + k) n).
   """
-  for name, count, width in (
-    ("hot", plan.hot, 1),
-    ("warm", plan.warm, owners_of(plan, "warm")[0]),
-    ("cold", plan.cold, owners_of(plan, "cold")[0]),
-  ):
-    total = -(-count // width)
-    step = max(1, block_rows // width)
-    for start in range(0, total, step):
-      yield name, start, min(step, total - start)
-
-
-def _padded(x: np.ndarray, rows: int) -> np.ndarray:
-  return np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-
-def first_rank(plan: Plan, tier: str) -> int:
-  return {"hot": 0, "warm": plan.hot, "cold": plan.warm_end}[tier]
+  total = -(-tier.rows // tier.owners)
+  step = max(1, block_rows // tier.owners)
+  for start in range(0, total, step):
+    yield start, min(step, total - start)
 
 
 @functools.cache
-def _block_writer(plan: Plan, optimizer_slots, mesh: Mesh, tier: str):
-  """Jitted (tier, block, start) -> tier, in place."""
-  optimizer = Optimizer(dict(optimizer_slots), lambda *_: None)
-  spec = getattr(specs(plan, optimizer), tier)
-  out = getattr(shardings(plan, optimizer, mesh), tier)
+def block_writer(tier: Tier, slots: tuple[str, ...], mesh: Mesh, memory: str):
+  """Returns the jitted (tier's arrays, block, first local row) -> arrays.
 
-  def write(tier_, block, start):
-    def put(x, new, start):
-      return lax.dynamic_update_slice_in_dim(x, new, start, 0)
+  In place.
 
-    if tier != "cold":
-      return jax.tree.map(lambda x, new: put(x, new, start), tier_, block)
+  Args:
+    tier: whose arrays they are.
+    slots: names of the slot variables.
+    mesh: where the tier is.
+    memory: kind of memory that it is in.
+  """
+  spec = TierArrays(spec_of(tier), dict.fromkeys(slots, spec_of(tier)))
+  out = jax.tree.map(lambda s: NamedSharding(mesh, s, memory_kind=memory), spec)
+
+  def put_all(arrays, block, start):
+    # dynamic_update_slice wants every start index where the operands are.
+    zero = start - start
+    return jax.tree.map(
+      lambda x, new: lax.dynamic_update_slice(
+        x, new, (start,) + (zero,) * (x.ndim - 1)
+      ),
+      arrays,
+      block,
+    )
+
+  def write(arrays, block, start):
+    if tier.memory != "host":
+      return put_all(arrays, block, start)
     block, start = jax.device_put((block, start), HOST)
-
-    def put_all(tier_, block, start):
-      # dynamic_update_slice wants every start index in host memory.
-      zero = start - start
-      return jax.tree.map(
-        lambda x, new: lax.dynamic_update_slice(
-          x, new, (start,) + (zero,) * (x.ndim - 1)
-        ),
-        tier_,
-        block,
-      )
-
-    return on_host(put_all)(tier_, block, start)
+    return on_host(put_all)(arrays, block, start)
 
   write = jax.shard_map(
     write,
@@ -283,43 +285,53 @@ def _block_writer(plan: Plan, optimizer_slots, mesh: Mesh, tier: str):
 
 def fill(
   tables: Tables,
-  plan: Plan,
-  optimizer: Optimizer,
+  embedding: Embedding,
   mesh: Mesh,
   block_rows: int,
-  rows: Callable[[int, int], Tier],
+  rows: Callable[[str, int, int], TierArrays],
 ) -> Tables:
-  """Writes every row, in rank order, a block at a time, in place.
+  """Writes every row in place, group by group in rank order, by blocks.
 
   Args:
     tables: donated.
-    rows: (first, stop) -> Tier of numpy arrays, [first, stop) of them; asked
-      for in ascending, adjoining ranges of about `block_rows` that cover all.
+    embedding: the groups.
+    mesh: where the tables are.
+    block_rows: rows of a block, about.
+    rows: (group, first, stop) -> arrays of numpy, [stop - first] of them; asked
+      for in ascending, adjoining ranges that cover all positions of a group.
   """
-  slots = tuple(sorted(optimizer.slots.items()))
-  place = specs(plan, optimizer)
-  tiers = tables._asdict()
-  for name, start, count in _blocks(plan, block_rows):
-    n = 1 if name == "hot" else owners_of(plan, name)[0]
-    tier_first = first_rank(plan, name)
-    first = min(tier_first + start * n, plan.rows)
-    stop = min(first + count * n, tier_first + getattr(plan, name))
-    block = rows(first, stop)
-    if name != "hot":
-      block = jax.tree.map(
-        lambda x, n=n, count=count: _padded(x, count * n).reshape(
-          count, n, *x.shape[1:]
-        ),
-        block,
+  placed = shardings(embedding, mesh)
+  out: Tables = {}
+  for g in embedding.groups:
+    out[g.name] = {}
+    for tier in g.group.tiers:
+      arrays, n = tables[g.name][tier.name], tier.owners
+      place = placed[g.name][tier.name]
+      write = block_writer(
+        tier, tuple(g.optimizer.slots), mesh, place.rows.memory_kind
       )
-    spec = getattr(place, name)
-    block = jax.tree.map(
-      lambda x, s: jax.make_array_from_callback(
-        x.shape, NamedSharding(mesh, s), lambda i, x=x: x[i]
-      ),
-      block,
-      spec,
-    )
-    write = _block_writer(plan, slots, mesh, name)
-    tiers[name] = write(tiers[name], block, np.int32(start))
-  return Tables(**tiers)
+      for start, count in _blocks(tier, block_rows):
+        first = tier.first + start * n
+        stop = min(first + count * n, tier.stop)
+        block = rows(g.name, first, stop)
+        if tier.axes:
+          block = jax.tree.map(
+            lambda x, n=n, k=count: _padded(x, k * n).reshape(
+              k, n, *x.shape[1:]
+            ),
+            block,
+          )
+        block = jax.tree.map(
+          lambda x, s: jax.make_array_from_callback(
+            x.shape, NamedSharding(mesh, s.spec), lambda i, x=x: x[i]
+          ),
+          block,
+          place,
+        )
+        arrays = write(arrays, block, np.int32(start))
+      out[g.name][tier.name] = arrays
+  return out
+
+
+def _padded(x: np.ndarray, rows: int) -> np.ndarray:
+  return np.pad(x, [(0, rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))

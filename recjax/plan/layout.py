@@ -6,34 +6,38 @@ the others take turns among the owners that have room, in rank order.
 """
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 
-def _bits(x):
-  """x.bit_length(), of arrays too; exact below 2^53."""
+def _bit_length(x) -> np.ndarray:
+  """Bits of integers below 2^53, as int.bit_length counts them."""
   return np.frexp(np.asarray(x, np.float64))[1]
 
 
 def shard_rows(rows, devices: int):
-  """A device's part of a tier, padded by less than 1/256.
+  """A device's part of a tier's rows, padded by less than 1/256.
 
   The padded size has a large power of two as a factor, so that a checkpoint
-  can store a shard in equal chunks. Rows may be an array.
+  can store a shard in equal chunks.
+
+  Args:
+    rows: of the tier; a number or an array.
+    devices: that share them out.
   """
-  slots = -(-rows // devices)
-  if isinstance(slots, np.ndarray):
-    unit = 1 << np.maximum(0, _bits(slots) - 9).astype(np.int64)
+  each = -(-rows // devices)
+  if isinstance(each, np.ndarray):
+    unit = 1 << np.maximum(0, _bit_length(each) - 9).astype(np.int64)
   else:
-    unit = 1 << max(0, int(slots).bit_length() - 9)
-  return -(-slots // unit) * unit
+    unit = 1 << max(0, int(each).bit_length() - 9)
+  return -(-each // unit) * unit
 
 
 def most_sharded(rows: int, hot, fit: int, devices: int):
   """Rows that may be warm where `fit` rows fit a device and `hot` are hot."""
   room = np.asarray(fit - hot, np.int64)
-  unit = 1 << np.maximum(0, _bits(room) - 9).astype(np.int64)
+  unit = 1 << np.maximum(0, _bit_length(room) - 9).astype(np.int64)
   return np.minimum(rows - hot, room // unit * unit * devices)
 
 
@@ -46,7 +50,7 @@ def room(warm: int, devices: int) -> np.ndarray:  # [n] int64
 
 
 def turns(room: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
-  """Owners take one row after the other, each while it has room.
+  """Lets owners take one row after the other, each while it has room.
 
   Args:
     room: [n] rows that an owner can still take.
@@ -61,8 +65,10 @@ def turns(room: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
   return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64), members
 
 
-def take_turns(starts, members, first: int, count: int) -> np.ndarray:
-  """[count] int16: the owners of rows first, first + 1, ...; see `turns`."""
+def take_turns(
+  starts: np.ndarray, members: Sequence[np.ndarray], first: int, count: int
+) -> np.ndarray:
+  """The owners of rows first, first + 1, ...: [count] int16; see `turns`."""
   owner = np.empty(count, np.int16)
   for j, of in enumerate(members):
     a, b = max(int(starts[j]), first), min(int(starts[j + 1]), first + count)
@@ -75,7 +81,11 @@ def take_turns(starts, members, first: int, count: int) -> np.ndarray:
 
 
 def layers(counts: Iterable[int]) -> list[tuple[int, int, tuple[int, ...]]]:
-  """(start, stop, owners that have columns [start, stop)), by rising start."""
+  """Splits columns by who has them, owner o having the first counts[o].
+
+  Returns:
+    (start, stop, owners that have columns [start, stop)), by rising start.
+  """
   counts = tuple(counts)
   return [
     (a, z, tuple(o for o, c in enumerate(counts) if c >= z))

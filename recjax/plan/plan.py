@@ -1,17 +1,114 @@
-"""What a plan says: where rows live, how they travel, at what cost."""
+"""What a plan says: groups of tables, their tiers, and what was predicted.
+
+The contract between the planner and the runtime. Everything in it is static in
+the compiled step: a plan is hashable, and it is stored as JSON.
+
+A group is the tables of one dim, dtype and sparse optimizer. Their rows share
+one row space, most used first: a row's place in it is its rank. Two cut points
+divide the ranks into tiers:
+
+  rank  0 ......... hot rows: a replica on every device
+        hot ....... warm rows: sharded over the mesh, in device memory
+        warm_end .. cold rows: sharded over the mesh, in host memory
+"""
 
 import dataclasses
 import json
+from typing import Any
 
-from recjax.plan import layout
+HOT, WARM, COLD = TIERS = ("hot", "warm", "cold")  # names, in rank order
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+  """Rows of a group that live alike: where, with whom, and how they travel.
+
+  Rank r of the group is local row (r - first) // owners of the owner
+  (r - first) % owners: the load is balanced by construction.
+  """
+
+  name: str  # of TIERS, for people and checkpoints; the runtime never asks
+  first: int  # rank of its first row
+  rows: int
+  owners: int  # devices that share the rows out; 1 where all have a replica
+  axes: tuple[str, ...]  # of the mesh, along which they lie; () = replicated
+  shard_rows: int  # rows of an owner, padding included
+  memory: str = "device"  # or "host"
+  # C: rows that a device asks an owner for in a round; of replicated rows,
+  # those whose gradients it shares in a round (0: all are all-reduced).
+  capacity: int = 0
+  # Rows that a node asks an owner for, or shares, in a round, where its devices
+  # unite what they ask first; 0 = every device asks the owners.
+  node_capacity: int = 0
+
+  @property
+  def stop(self) -> int:
+    """One past the rank of its last row."""
+    return self.first + self.rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Tables of one dim, dtype and sparse optimizer, and where their rows live.
+
+  Where tables are table-wise, the tiers count positions instead of ranks
+  (plan/positions.py), of which `padding_rows` warm ones hold no row.
+  """
+
+  name: str
+  tables: tuple[str, ...]
+  dim: int  # d
+  dtype: str
+  optimizer: str
+  tiers: tuple[Tier, ...]  # those with rows, in rank order
+  hot_sync: str = "all_reduce"  # of replicas' gradients, or "all_gather"
+  table_wise: tuple[tuple[str, int], ...] = ()  # tables and their owners
+  padding_rows: int = 0
+
+  @property
+  def rows(self) -> int:
+    """Positions of the group: its rows, and the padding rows."""
+    return sum(t.rows for t in self.tiers)
+
+  @property
+  def hot(self) -> Tier | None:
+    """The replicated tier; None where there is none."""
+    return next((t for t in self.tiers if not t.axes), None)
+
+  @property
+  def sharded(self) -> tuple[Tier, ...]:
+    """The tiers whose rows have owners."""
+    return tuple(t for t in self.tiers if t.axes)
+
+  @property
+  def table_wise_tier(self) -> Tier | None:
+    """The tier whose rows lie with their tables' owners, or None."""
+    return self.tier(WARM) if self.table_wise else None
+
+  def first_rank(self, tier: Tier) -> int:
+    """Rank of the tier's first row: its position, less padding rows before."""
+    padded = self.tier(WARM)
+    past = padded is not None and tier.first >= padded.stop
+    return tier.first - (self.padding_rows if past else 0)
+
+  def tier(self, name: str) -> Tier | None:
+    """The tier of that name; None where it has no rows."""
+    return next((t for t in self.tiers if t.name == name), None)
+
+  def rows_of(self, name: str) -> int:
+    """Rows of the tier of that name; 0 where there is none."""
+    tier = self.tier(name)
+    return tier.rows if tier else 0
 
 
 @dataclasses.dataclass(frozen=True)
 class TierReport:
-  """What a tier holds and what a step asks of it."""
+  """What a tier holds, and what a step is expected to ask of it."""
 
-  rows: int
-  bytes: int  # tables and slots, of a device (hot, warm) or all hosts (cold)
+  group: str
+  tier: str
+  rows: int  # without padding rows
+  bytes: int  # rows and slot variables, of a device; of all hosts if in theirs
   share: float  # of the training split's accesses
   distinct: float  # expected rows that a device touches in a step
   buffer_bytes: int  # of a device: requests and rows, both directions
@@ -21,142 +118,96 @@ Terms = tuple[tuple[str, float], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """Two cut points, capacities and transports; static in the compiled step.
+class Prediction:
+  """What the planner expects of a step."""
 
-  Ranks below `hot` are replicated, ranks below `warm_end` sharded in device
-  memory, the others sharded in host memory. Owners are cyclic in rank.
-  Capacities are rows a peer and round (C), 0 for a tier without rows. Where
-  tables are pooled at owners, `rows`, `warm_end` and the tiers count positions
-  (plan/positions.py), `spare` ones without a row included.
-  """
-
-  devices: int  # n
-  batch_size: int  # B
-  rows: int  # R
-  dim: int  # d
-  dtype: str
-  hot: int
-  warm_end: int
-  capacity_warm: int
-  capacity_cold: int
-  reports: tuple[TierReport, ...] = ()  # hot, warm, cold
-  hot_sync: str = "dense"  # how hot gradients meet: all-reduced, or "sparse"
-  capacity_hot: int = 0  # hot rows that a device sends a round, where "sparse"
-  node_devices: int = 0  # g; 0 = one node
-  exchange: str = "flat"  # or in stages that meet in the node: "two_stage"
-  warm_copies: str = "one"  # warm rows over all devices, or those of a "node"
-  capacity_far_warm: int = 0  # C_far, rows a node and round, where staged
-  capacity_far_cold: int = 0
   topology: str = ""
-  seconds: Terms = ()  # of a step, predicted, by term
+  tiers: tuple[TierReport, ...] = ()  # group by group, in rank order
+  seconds: Terms = ()  # of a step, by term
   sent: Terms = ()  # bytes that a device sends in a step, by kind
+  network: Terms = ()  # of those, the bytes to other nodes, by kind
   memory: Terms = ()  # bytes of a device, by kind
-  network: Terms = ()  # of those in `sent`, the bytes to other nodes, by kind
-  pooled: tuple[tuple[str, int], ...] = ()  # tables and their owners
-  spare: int = 0  # warm positions without a row; see plan/positions.py
-
-  @property
-  def warm(self) -> int:
-    return self.warm_end - self.hot
-
-  @property
-  def cold(self) -> int:
-    return self.rows - self.warm_end
-
-  @property
-  def nodes(self) -> int:
-    """N"""
-    return self.devices // (self.node_devices or self.devices)
-
-  @property
-  def warm_owners(self) -> int:
-    """Devices that share the warm rows: all, or those of each node."""
-    return self.devices // (self.nodes if self.warm_copies == "node" else 1)
-
-  @property
-  def warm_slots(self) -> int:
-    """Rows of a device's warm shard."""
-    return layout.shard_rows(self.warm, self.warm_owners)
-
-  @property
-  def cold_slots(self) -> int:
-    """Rows of a device's cold shard, in its host's memory."""
-    return layout.shard_rows(self.cold, self.devices)
 
   @property
   def step_seconds(self) -> float:
+    """Seconds of a step."""
     return sum(x for _, x in self.seconds)
 
   @property
-  def bytes_per_sample(self) -> float:
-    return sum(x for _, x in self.sent) * self.devices / self.batch_size
+  def distinct_rows(self) -> float:
+    """Rows that a device asks owners for in a step: all but the hot ones."""
+    return sum(t.distinct for t in self.tiers if t.tier != HOT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Where every row lives and how it travels, on a mesh, for a batch size."""
+
+  devices: int  # n
+  batch_size: int  # B, global
+  groups: tuple[Group, ...]
+  node_devices: int = 0  # g; 0 = one node
+  prediction: Prediction = Prediction()
 
   @property
-  def network_per_sample(self) -> float:
-    """Bytes between nodes."""
-    return sum(x for _, x in self.network) * self.devices / self.batch_size
+  def nodes(self) -> int:
+    """N, the nodes of the mesh."""
+    return self.devices // (self.node_devices or self.devices)
+
+  @property
+  def rows(self) -> int:
+    """Rows of all groups, without padding rows."""
+    return sum(g.rows - g.padding_rows for g in self.groups)
+
+  @property
+  def bytes_per_sample(self) -> float:
+    """Bytes that all devices send in a step, over its samples."""
+    return self._per_sample(self.prediction.sent)
+
+  @property
+  def network_bytes_per_sample(self) -> float:
+    """The bytes of those between nodes."""
+    return self._per_sample(self.prediction.network)
+
+  def _per_sample(self, terms: Terms) -> float:
+    return sum(x for _, x in terms) * self.devices / self.batch_size
+
+  def group(self, name: str) -> Group:
+    """The group of that name."""
+    return next(g for g in self.groups if g.name == name)
+
+  def report(self, group: str, tier: str) -> TierReport | None:
+    """What was predicted of a tier; None where it has no rows."""
+    for report in self.prediction.tiers:
+      if (report.group, report.tier) == (group, tier):
+        return report
+    return None
 
   def to_json(self) -> str:
+    """The plan as JSON, which `from_json` reads back equal."""
     return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
 
   @classmethod
   def from_json(cls, text: str) -> "Plan":
-    """The inverse of to_json."""
-    fields = json.loads(text)
-    fields["reports"] = tuple(TierReport(**r) for r in fields["reports"])
-    for name in ("seconds", "sent", "memory", "network"):
-      fields[name] = tuple((k, v) for k, v in fields.get(name, ()))
-    fields["pooled"] = tuple(map(tuple, fields.get("pooled", ())))
-    return cls(**fields)
+    """The inverse of to_json; raises KeyError or TypeError for other JSON."""
+    found = json.loads(text)
+    found["groups"] = tuple(_group(g) for g in found["groups"])
+    found["prediction"] = _prediction(found["prediction"])
+    return cls(**found)
 
 
-def transports(plan: Plan) -> str:
-  """How sharded rows travel between several nodes."""
-  where = "sharded over all" if plan.warm_copies == "one" else "in each"
-  return (
-    f"{plan.nodes} nodes of {plan.node_devices}: {plan.exchange} exchange, "
-    f"warm rows {where}, {plan.network_per_sample:,.0f} bytes a sample "
-    "between nodes"
-  )
+def _group(found: dict[str, Any]) -> Group:
+  tiers = tuple(Tier(**t | {"axes": tuple(t["axes"])}) for t in found["tiers"])
+  found |= {
+    "tiers": tiers,
+    "tables": tuple(found["tables"]),
+    "table_wise": tuple((name, owner) for name, owner in found["table_wise"]),
+  }
+  return Group(**found)
 
 
-def describe(plan: Plan) -> str:
-  """The plan as a table to print."""
-  lines = [
-    f"plan: {plan.rows - plan.spare:,} rows x {plan.dim} {plan.dtype} on "
-    f"{plan.devices} device(s), global batch {plan.batch_size:,}",
-    f"{'tier':5} {'rows':>13} {'memory':>18} {'accesses':>9} "
-    f"{'distinct/step':>14} {'buffer rows':>12} {'buffers':>10}",
-  ]
-  capacities = (0, plan.capacity_warm, plan.capacity_cold)
-  wheres = ("a device", "a device", "of hosts")
-  for name, r, c, where in zip(
-    ("hot", "warm", "cold"), plan.reports, capacities, wheres, strict=True
-  ):
-    size = f"{r.bytes / 2**20:,.1f} MB {where}"
-    owners = plan.warm_owners if name == "warm" else plan.devices
-    buffers = f"{owners} x {c:,}" if c else "-"
-    lines.append(
-      f"{name:5} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
-      f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
-    )
-  if plan.nodes > 1:
-    lines.append(transports(plan))
-  if plan.pooled:
-    of = [f"{name} on {owner}" for name, owner in plan.pooled]
-    lines.append(f"pooled at their owners: {', '.join(of)}")
-  if plan.seconds:
-    total = plan.step_seconds
-    lines.append(
-      f"predicted on {plan.topology}: {total * 1e3:,.3f} ms a step, "
-      f"{plan.batch_size / total:,.0f} samples/s, "
-      f"{plan.bytes_per_sample:,.0f} bytes a sample"
-    )
-    for title, terms, scale, unit in (
-      ("time", plan.seconds, 1e3, "ms"),
-      ("memory of a device", plan.memory, 2**-20, "MB"),
-    ):
-      parts = [f"{k} {v * scale:,.3g}" for k, v in terms if v * scale >= 5e-4]
-      lines.append(f"  {title} ({unit}): {', '.join(parts)}")
-  return "\n".join(lines)
+def _prediction(found: dict[str, Any]) -> Prediction:
+  found["tiers"] = tuple(TierReport(**t) for t in found["tiers"])
+  for name in ("seconds", "sent", "network", "memory"):
+    found[name] = tuple((k, v) for k, v in found[name])
+  return Prediction(**found)

@@ -1,145 +1,186 @@
 """The usual placements of embedding tables, costed by the same model.
 
-Each returns a `Placed` for the problem that a plan was made for. Time terms
+Each returns a `Baseline` for the problems that a plan was made for. Time terms
 are those of planner/step_cost.py; what does not fit says so instead of a time.
 """
 
+import bisect
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from recjax.plan.plan import Plan
-from recjax.planner import formulas, step_cost
-from recjax.planner.cut_points import Problem
-from recjax.planner.step_cost import Load
+from recjax.plan.plan import COLD, HOT, WARM, Plan
+from recjax.planner import common_order, step_cost, table_shards
+from recjax.planner import traffic as traffic_lib
+from recjax.planner.problem import HOT_SYNCS, Problem
+from recjax.planner.table_shards import Shard
+from recjax.planner.traffic import Part, Traffic
 
 
 @dataclasses.dataclass(frozen=True)
-class Placed:
+class Baseline:
   """A placement's prediction."""
 
   name: str
   seconds: float  # of a step; nan where it does not fit
   bytes_per_sample: float
-  device_bytes: float  # tables and slots of the fullest device
+  device_bytes: float  # tables and slot variables of the fullest device
   host_bytes: float  # of all hosts
   note: str = ""
 
 
-def of_plan(problem: Problem, plan: Plan) -> Placed:
-  return Placed(
-    "recjax",
-    plan.step_seconds,
-    plan.bytes_per_sample,
-    (plan.hot + plan.warm_slots) * problem.work.stored,
-    plan.cold_slots * plan.devices * problem.work.stored,
-    f"{plan.hot:,} hot, {plan.warm:,} warm, {plan.cold:,} cold rows",
-  )
-
-
 def compare(
-  problem: Problem, plan: Plan, device_bytes: int, host_bytes: int
-) -> tuple[Placed, ...]:
+  problems: Sequence[Problem], plan: Plan, device_bytes: int, host_bytes: int
+) -> tuple[Baseline, ...]:
   """The plan and the usual placements; host_bytes of all hosts together."""
   budgets = (device_bytes, host_bytes)
   return (
-    of_plan(problem, plan),
-    row_wise(problem, *budgets),
-    fae(problem, *budgets),
-    table_wise(problem, *budgets),
-    hugectr(problem, *budgets),
+    of_plan(plan),
+    row_wise(problems, *budgets),
+    fae(problems, *budgets),
+    table_wise(problems, device_bytes),
+    hugectr(problems, device_bytes),
+  )
+
+
+def of_plan(plan: Plan) -> Baseline:
+  """The plan itself, as a line beside the others."""
+  tiers = plan.prediction.tiers
+  rows = {
+    name: sum(t.rows for t in tiers if t.tier == name)
+    for name in (HOT, WARM, COLD)
+  }
+  on_hosts = {
+    (g.name, t.name) for g in plan.groups for t in g.tiers if t.memory == "host"
+  }
+  of_hosts = [t.bytes for t in tiers if (t.group, t.tier) in on_hosts]
+  return Baseline(
+    "recjax",
+    plan.prediction.step_seconds,
+    plan.bytes_per_sample,
+    sum(t.bytes for t in tiers) - sum(of_hosts),
+    sum(of_hosts),
+    f"{rows[HOT]:,} hot, {rows[WARM]:,} warm, {rows[COLD]:,} cold rows",
   )
 
 
 # ---- By rows
 
 
-def row_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
+def row_wise(
+  problems: Sequence[Problem], device_bytes: int, host_bytes: int
+) -> Baseline:
   """Every row sharded, every lookup sent: TorchRec's row-wise, no coalescing.
 
   Where the devices are too small, the coldest rows are on the host, too.
   """
-  s, work = problem.spectrum, problem.work
-  n, rows = work.devices, s.rows
-  warm = min(rows, device_bytes // work.stored * n)
-  uses = s.below(s.uses * work.local)
-  near, far = float(uses(warm)), float(uses.between(warm, rows))
-  return _placed(
+  n = problems[0].shape.devices
+  sizes = [p.shape.stored_bytes for p in problems]
+  warm = _hottest(problems, n * device_bytes, sizes)
+  traffics, cold = [], 0
+  for p, rows in zip(problems, warm, strict=True):
+    uses = p.profile.cumulative(p.profile.uses * p.shape.local)
+    on_hosts = float(uses.between(rows, p.profile.rows))
+    traffics.append(Traffic(0.0, float(uses(rows)), on_hosts))
+    cold += p.profile.rows - rows
+  return _baseline(
     "row-wise, not coalesced",
-    problem,
-    Load(0.0, near, far),
-    (warm / n * work.stored, (rows - warm) * work.stored),
-    (device_bytes, host_bytes),
-    f"{rows - warm:,} rows on the host" if warm < rows else "",
+    problems,
+    traffics,
+    held=(_bytes(problems, warm) / n, _bytes(problems, _rest(problems, warm))),
+    budgets=(device_bytes, host_bytes),
+    note=f"{cold:,} rows on the host" if cold else "",
   )
 
 
-def fae(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
+def fae(
+  problems: Sequence[Problem], device_bytes: int, host_bytes: int
+) -> Baseline:
   """The hottest rows replicated to the budget, the rest on the host.
 
   FAE (Adnan et al., VLDB 2021, Accelerating recommendation system training by
   leveraging popular choices), without its sorting of batches. Replicas'
   gradients meet in the cheaper way: all-reduced, or those of touched rows.
   """
-  s, work, t = problem.spectrum, problem.work, problem.topology
-  rows, n = s.rows, work.devices
-  hot = min(rows, device_bytes // (work.stored + 4 * (work.dim + 1)))
-  cold = problem.buffers(hot, rows)
-  ways = [
-    Load(float(hot), 0.0, float(cold), gathered)
-    for gathered in (None, problem.gathered(hot, "sparse"))
-  ]
-  load = min(
-    ways, key=lambda x: sum(step_cost.step_seconds(work, t, x).values())
-  )
-  return _placed(
+  sizes = [p.shape.stored_bytes + 4 * (p.shape.dim + 1) for p in problems]
+  hot = _hottest(problems, device_bytes, sizes)
+
+  def traffics(hot_sync: str) -> list[Traffic]:
+    return [
+      Traffic(
+        float(rows),
+        0.0,
+        float(p.buffers(rows, p.profile.rows)),
+        p.gathered(rows, hot_sync),
+      )
+      for p, rows in zip(problems, hot, strict=True)
+    ]
+
+  return _baseline(
     "FAE: replicas and host",
-    problem,
-    load,
-    (hot * work.stored, (rows - hot) * work.stored),
-    (device_bytes, host_bytes),
-    f"{hot:,} replicas on each of {n} devices",
+    problems,
+    min(map(traffics, HOT_SYNCS), key=lambda x: _seconds(problems, x)),
+    held=(_bytes(problems, hot), _bytes(problems, _rest(problems, hot))),
+    budgets=(device_bytes, host_bytes),
+    note=f"{sum(hot):,} replicas on each of {problems[0].shape.devices} "
+    "devices",
   )
+
+
+def _hottest(
+  problems: Sequence[Problem], room: int, sizes: Sequence[int]
+) -> list[int]:
+  """Rows of each group, the most used of all first, that fill `room` bytes."""
+  order = common_order.of_buckets([p.profile for p in problems])
+
+  def taken(rank: int) -> int:
+    pairs = zip(order.split(rank), sizes, strict=True)
+    return sum(rows * size for rows, size in pairs)
+
+  rank = bisect.bisect_right(range(order.rows + 1), room, key=taken) - 1
+  return list(order.split(rank))
+
+
+def _rest(problems: Sequence[Problem], rows: Sequence[int]) -> list[int]:
+  return [p.profile.rows - r for p, r in zip(problems, rows, strict=True)]
+
+
+def _bytes(problems: Sequence[Problem], rows: Sequence[int]) -> int:
+  pairs = zip(problems, rows, strict=True)
+  return sum(r * p.shape.stored_bytes for p, r in pairs)
 
 
 # ---- By tables
 
 
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """A device's part of a table; its owner pools the bags' lookups in it."""
-
-  table: int
-  device: int
-  rows: int
-  splits: int = 1  # shards that the table's rows are split into
-  columns: float = 1.0  # part of the dim
-  host: bool = False  # rows in host memory
-
-
-def table_wise(problem: Problem, device_bytes: int, host_bytes: int) -> Placed:
+def table_wise(problems: Sequence[Problem], device_bytes: int) -> Baseline:
   """Whole tables, greedily: the costliest next, onto the least loaded device.
 
   Owners pool; a device does the lookups of all samples in its tables.
   """
-  tables, work = problem.spectrum.tables, problem.work
   name = "table-wise, greedy"
-  shards = _greedy(problem, dict.fromkeys(range(len(tables)), 1), device_bytes)
+  sizes = {
+    (g, i): t.rows * p.shape.stored_bytes
+    for g, p in enumerate(problems)
+    for i, t in enumerate(p.profile.tables)
+  }
+  shards = table_shards.greedy(problems, dict.fromkeys(sizes, 1), device_bytes)
   if shards is None:
-    largest = max(t.rows for t in tables) * work.stored
+    largest = max(sizes.values())
     why = f"does not fit: the largest table takes {size(largest)}"
-    return Placed(name, np.nan, np.nan, largest, 0.0, why)
-  return of_shards(name, problem, shards)
+    return Baseline(name, np.nan, np.nan, largest, 0.0, why)
+  return of_shards(name, problems, shards)
 
 
 def hugectr(
-  problem: Problem,
+  problems: Sequence[Problem],
   device_bytes: int,
-  host_bytes: int,
+  *,
   replicate_mb: float = 1.0,
   memory_weight: float = 1.0,
   rounds: int = 20,
-) -> Placed:
+) -> Baseline:
   """HugeCTR's rule: small tables replicated, hot or large ones split.
 
   A shard costs hotness / splits + memory_weight x its part of the memory;
@@ -147,153 +188,100 @@ def hugectr(
   short, the largest table is split by two, at most 20 times; the best is kept.
   (NVIDIA HugeCTR and MLPerf training's dlrm_dcnv2 sharding plan, "auto".)
   """
-  tables, work = problem.spectrum.tables, problem.work
-  small = replicate_mb * 2**20
-  replicas = sum(t.rows for t in tables if t.rows * work.stored <= small)
-  splits = {i: 1 for i, t in enumerate(tables) if t.rows * work.stored > small}
-  room = device_bytes - replicas * work.stored
+  tables = {
+    (g, i): (t, t.rows * p.shape.stored_bytes)
+    for g, p in enumerate(problems)
+    for i, t in enumerate(p.profile.tables)
+  }
+  small = [k for k, (_, held) in tables.items() if held <= replicate_mb * 2**20]
+  replicas = [
+    sum(tables[k][0].rows for k in small if k[0] == g)
+    for g in range(len(problems))
+  ]
+  splits = dict.fromkeys((k for k in tables if k not in small), 1)
+  room = device_bytes - _bytes(problems, replicas)
   best = None
   for _ in range(rounds):
-    shards = _greedy(problem, splits, room, memory_weight)
-    if shards is not None:
-      placed = of_shards("HugeCTR's rule", problem, shards, replicas)
+    shards = table_shards.greedy(problems, splits, room, memory_weight)
+    dearest: Callable[[table_shards.TableId], float]
+    if shards is None:
+      dearest = lambda k: tables[k][1] / splits[k]
+    else:
+      dearest = lambda k: tables[k][0].lookups / splits[k]
+      placed = of_shards("HugeCTR's rule", problems, shards, replicas)
       if best is None or placed.seconds < best.seconds:
         best = placed
-    by = (
-      (lambda i: tables[i].lookups / splits[i])
-      if shards is not None
-      else (lambda i: tables[i].rows / splits[i])
-    )
-    able = [i for i in splits if 2 * splits[i] <= work.devices]
+    able = [k for k in splits if 2 * splits[k] <= problems[0].shape.devices]
     if not able:
       break
-    splits[max(able, key=by)] *= 2
+    splits[max(able, key=dearest)] *= 2
   if best is not None:
     return best
-  total = sum(t.rows for t in tables) * work.stored
-  return Placed(
+  total = sum(held for _, held in tables.values())
+  return Baseline(
     "HugeCTR's rule",
     np.nan,
     np.nan,
-    total / work.devices,
+    total / problems[0].shape.devices,
     0.0,
     f"does not fit: {size(total)} of tables",
   )
 
 
-def _greedy(
-  problem, splits: dict[int, int], device_bytes, memory_weight=0.0
-) -> list[Shard] | None:
-  """Tables in so many parts each, the costliest part first, onto the least
-  loaded device with room that has none of the same table."""
-  n, stored = problem.work.devices, problem.work.stored
-  tables = problem.spectrum.tables
-  parts = [
-    (i, k, tables[i].lookups / k, -(-tables[i].rows // k))
-    for i, k in splits.items()
-    for _ in range(k)
-  ]
-  whole = sum(rows for *_, rows in parts) or 1
-  of = [h + memory_weight * n * rows / whole for _, _, h, rows in parts]
-  load, held = np.zeros(n), np.zeros(n)
-  used: list[set[int]] = [set() for _ in range(n)]
-  shards = []
-  order = sorted(range(len(parts)), key=lambda i: (-of[i], -parts[i][3]))
-  for i in order:
-    table, k, _, rows = parts[i]
-    free = held + rows * stored <= device_bytes
-    free &= np.array([table not in u for u in used])
-    if not free.any():
-      return None
-    to = int(np.argmin(np.where(free, load, np.inf)))
-    shards.append(Shard(table, to, rows, k))
-    load[to] += of[i]
-    held[to] += rows * stored
-    used[to].add(table)
-  return shards
-
-
 def of_shards(
-  name: str, problem: Problem, shards: list[Shard], replicas: int = 0
-) -> Placed:
-  """Shards pooled at their owners: the busiest device decides.
-
-  A bag costs an owner its lookups there and, if it has one, a vector. Nothing
-  is coalesced, as TorchRec and HugeCTR do it.
-
-  Args:
-    shards: of all tables that are not replicated.
-    replicas: rows on every device, whose gradients are all-reduced.
-  """
-  work, t, tables = problem.work, problem.topology, problem.spectrum.tables
-  n, b, train = work.devices, work.local, float(work.train)
-  lookups, bytes_of, sent_back, held, host = np.zeros((5, n))
-  host_bytes = 0.0
-  sent = {"ids": 0.0, "vectors": 0.0}
-  far = b * (n - 1) / n
-  for s in shards:
-    hotness = tables[s.table].lookups / s.splits  # of a bag, here
-    some = min(hotness, 1.0)
-    at = s.device
-    lookups[at] += hotness * work.batch_size
-    bytes_of[at] += hotness * work.batch_size * s.columns
-    sent_back[at] += some * work.batch_size * s.columns * work.wire_bytes
-    sent["ids"] += far * hotness * formulas.ID_BYTES
-    sent["vectors"] += far * some * s.columns * work.wire_bytes * (1 + train)
-    if s.host:
-      host[at] += hotness * work.batch_size * s.columns
-      host_bytes += s.rows * s.columns * work.stored
-    else:
-      held[at] += s.rows * s.columns
-  ids = float(lookups.max()) * formulas.ID_BYTES
-  there = float(sent_back.max())
-  trips = (ids, there, train * there)
-  busy, wide = float(bytes_of.max()), 4 * work.dim
-  base = step_cost.step_seconds(work, t, Load(float(replicas)))
-  of_host = step_cost.step_seconds(work, t, Load(cold=float(host.max())))
-  terms = {
-    "gather": busy * work.row_bytes / t.gather
-    + (1 + train) * b * len({s.table for s in shards}) * wide / t.stream,
-    "all-to-all": sum(formulas.all_to_all_seconds(x, n, t) for x in trips),
-    # Sort by row, sum, read and write.
-    "optimizer": train
-    * (
-      float(lookups.max()) / t.sort + busy * (wide + 2 * work.stored) / t.gather
-    ),
-    "host link": of_host["host link"],
-    "host rows": of_host["host rows"],
-  }
-  seconds = {k: float(terms.get(k, 0.0)) for k in base}
-  for k in ("all-reduce", "dense", "launch"):
-    seconds[k] = float(base[k])
-  sharded = bool(held.any()) + bool(host.any())
-  seconds["launch"] += sharded * (1 + train) * t.tier_latency
-  if replicas:
-    own = step_cost.sent_bytes(work, Load(float(replicas)))
-    sent["replicas"] = own["hot gradients"]
-  return Placed(
+  name: str,
+  problems: Sequence[Problem],
+  shards: Sequence[Shard],
+  replicas: Sequence[int] | int = 0,
+) -> Baseline:
+  """Shards pooled at their owners; see `table_shards.cost`."""
+  found = table_shards.cost(problems, shards, replicas)
+  return Baseline(
     name,
-    sum(seconds.values()),
-    sum(sent.values()) * n / work.batch_size,
-    float(held.max() + replicas) * work.stored,
-    host_bytes,
-    f"busiest device {lookups.max() / max(lookups.mean(), 1):.2f} of the mean",
+    found.seconds,
+    found.sent,
+    found.device_bytes,
+    found.host_bytes,
+    f"busiest device {found.busiest:.2f} of the mean",
   )
 
 
-def _placed(name, problem, load, held, budgets, note) -> Placed:
-  work = problem.work
+# ---- To print
+
+
+def _parts(
+  problems: Sequence[Problem], traffics: Sequence[Traffic]
+) -> list[Part]:
+  return [Part(p.shape, x) for p, x in zip(problems, traffics, strict=True)]
+
+
+def _seconds(problems: Sequence[Problem], traffics: Sequence[Traffic]) -> float:
+  parts = _parts(problems, traffics)
+  return float(
+    sum(step_cost.step_seconds(parts, problems[0].topology).values())
+  )
+
+
+def _baseline(
+  name: str,
+  problems: Sequence[Problem],
+  traffics: Sequence[Traffic],
+  *,
+  held: tuple[float, float],
+  budgets: tuple[int, int],
+  note: str,
+) -> Baseline:
   for where, have, budget in zip(
     ("devices", "hosts"), held, budgets, strict=True
   ):
     if have > budget:
       note = f"does not fit: the {where} lack {size(have - budget)}"
-      return Placed(name, np.nan, np.nan, *held, note)
-  seconds = step_cost.step_seconds(work, problem.topology, load)
-  sent = step_cost.sent_bytes(work, load)
-  per_sample = sum(sent.values()) * work.devices / work.batch_size
-  return Placed(name, float(sum(seconds.values())), float(per_sample), *held,
-                note)  # fmt: skip
+      return Baseline(name, np.nan, np.nan, *held, note)
+  shape = problems[0].shape
+  sent = sum(traffic_lib.sent_bytes(_parts(problems, traffics)).values())
+  per_sample = float(sent) * shape.devices / shape.batch_size
+  seconds = _seconds(problems, traffics)
+  return Baseline(name, seconds, per_sample, *held, note)
 
 
 def size(number: float) -> str:
@@ -304,8 +292,8 @@ def size(number: float) -> str:
   return f"{number:.0f} B"
 
 
-def describe(placed: tuple[Placed, ...]) -> str:
-  """A table to print."""
+def describe(placed: Sequence[Baseline]) -> str:
+  """The placements as a table to print."""
   lines = [
     f"{'placement':24} {'ms a step':>10} {'bytes a sample':>15} "
     f"{'a device':>9} {'all hosts':>9}"

@@ -50,18 +50,18 @@ class Collective:
         many links between them as nodes.
     """
     size, node = self.operand_bytes, node_devices or 1
-    far = lambda a, b: a // node != b // node if node_devices else a != b
+    leaves = lambda a, b: a // node != b // node if node_devices else a != b
     total = 0.0
     for group in self.groups:
       g = len(group)
       if self.kind == "collective-permute":
-        total += size * far(*group)
+        total += size * leaves(*group)
       elif self.kind == "all-to-all":
         pairs = itertools.product(group, group)
-        total += size / g * sum(a != b and far(a, b) for a, b in pairs)
+        total += size / g * sum(a != b and leaves(a, b) for a, b in pairs)
       else:
         ring = zip(group, group[1:] + group[:1], strict=True)
-        links = sum(far(a, b) for a, b in ring) if g > 1 else 0
+        links = sum(leaves(a, b) for a, b in ring) if g > 1 else 0
         factor = {
           "all-gather": g - 1,
           "all-reduce": 2 * (g - 1) / g,

@@ -10,11 +10,12 @@ EPS = 2^-10. A sum of pi(m) = 1 - (1-p)^m over a bucket is then at most
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from recjax.frequency import Profile
-from recjax.planner import formulas
+from recjax.planner import buffer_sizes
 
 EPS = 2.0**-10
 _SLICE = 1 << 24  # rows at a time, so that temporaries stay small
@@ -23,7 +24,7 @@ _EXACT = 1 << 14  # ranks of a power law that are added one by one
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """Any table that samples look rows up in."""
+  """A table that samples look rows up in."""
 
   name: str
   rows: int
@@ -33,21 +34,21 @@ class Table:
 
   @property
   def lookups(self) -> float:
-    """Of a sample, expected."""
+    """Expected lookups of a sample."""
     if not self.sizes:
       return self.hotness
     return float(np.arange(len(self.sizes)) @ self.sizes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Spectrum:
-  """Rows in rank order, as K buckets of equal rows."""
+class BucketedProfile:
+  """A group's rows in rank order, as K buckets of equal rows."""
 
   tables: tuple[Table, ...]
   count: np.ndarray  # [K] int64, rows of a bucket
   p: np.ndarray  # [K] float64, P(a sample touches one of its rows)
   uses: np.ndarray  # [K] float64, a row's lookups a sample
-  measured: "Measured | None" = None
+  measured: "DistinctRatios | None" = None
   assumed: str = ""  # where no data was counted: what was assumed
   # Where a table has several lookups: [T, K] int64, whose rows a bucket's are,
   # and [R] int16, each row's table, where rows were counted.
@@ -56,6 +57,7 @@ class Spectrum:
 
   @property
   def rows(self) -> int:
+    """Rows of the group."""
     return int(self.ends[-1])
 
   @functools.cached_property
@@ -64,21 +66,31 @@ class Spectrum:
     return np.concatenate([[0], np.cumsum(self.count)])
 
   def touched(self, samples: int) -> np.ndarray:  # [K]
-    """pi(m) of a row of each bucket, as measured where batches were."""
-    pi = formulas.touch_probability(self.p, samples)
+    """Probability that `samples` touch a row of each bucket.
+
+    pi(m), corrected by what real batches showed where they were measured.
+    """
+    pi = buffer_sizes.touch_probability(self.p, samples)
     if self.measured is not None:
       pi = np.minimum(pi * self.measured.ratio(self, samples), 1.0)
     return pi
 
   def of_tables(self, start: int, stop: int) -> np.ndarray:
-    """[T, K] float64: rows of each table and bucket, of ranks [start, stop)."""
+    """Rows of each table and bucket among ranks [start, stop): [T, K] float64.
 
-    def below(rank):
+    Raises:
+      ValueError: it isn't known whose rows the buckets hold.
+    """
+    if self.of_table is None:
+      raise ValueError("no table of this profile has several lookups")
+    of_table = self.of_table
+
+    def below(rank: int) -> np.ndarray:
       k = int(np.searchsorted(self.ends, rank, side="right")) - 1
-      rows = np.where(np.arange(len(self.count)) < k, self.of_table, 0.0)
+      rows = np.where(np.arange(len(self.count)) < k, of_table, 0.0)
       if k < len(self.count):
         first = int(self.ends[k])
-        part = self.of_table[:, k] * ((rank - first) / self.count[k])
+        part = of_table[:, k] * ((rank - first) / self.count[k])
         if self.table is not None:  # rows of equal counts are in no mixed order
           part = np.bincount(self.table[first:rank], minlength=len(part))
         rows[:, k] = part
@@ -86,29 +98,30 @@ class Spectrum:
 
     return below(stop) - below(start)
 
-  def below(self, values) -> "Below":
+  def cumulative(self, values: np.ndarray) -> "CumulativeSum":
     """The sum of a bucket's value over all rows of rank < r, for any r."""
-    return Below(self.ends, np.concatenate([[0.0], _sums(values, self.count)]))
+    sums = np.concatenate([[0.0], np.cumsum(values * self.count)])
+    return CumulativeSum(self.ends, sums)
 
-  def at(self, values, rank):
-    """The value of the row of that rank; 0 past the end."""
+  def at(self, values: np.ndarray, rank):
+    """The value of the row of that rank (or ranks); 0 past the end."""
     k = np.searchsorted(self.ends, rank, side="right") - 1
     return np.append(values, 0.0)[k]
 
 
-def _sums(values, count):
-  return np.cumsum(values * count)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Below:
-  ends: np.ndarray
-  sums: np.ndarray
+class CumulativeSum:
+  """The sum of a value over all rows below a rank, linear within a bucket."""
+
+  ends: np.ndarray  # [K + 1]
+  sums: np.ndarray  # [K + 1]
 
   def __call__(self, rank):
+    """The sum over rows of rank < `rank`, a number or an array."""
     return np.interp(rank, self.ends, self.sums)
 
   def between(self, start, stop):
+    """The sum over rows of ranks [start, stop)."""
     return np.maximum(self(stop) - self(start), 0.0)
 
 
@@ -118,18 +131,47 @@ class Below:
 def of_profile(
   profile: Profile,
   hotness: tuple[int, ...] = (),
-  measured=None,
   bags: tuple[int, ...] = (),
-) -> Spectrum:
-  """One pass over the counts.
+) -> BucketedProfile:
+  """Buckets the counts of a row space, in one pass over them.
 
   Args:
     profile: the row space.
     hotness: lookups of a sample, a table; () = one each.
-    measured: distinct rows of real batches, to correct pi with.
     bags: features that look a table up, see Table; () = one each.
   """
-  counts, samples = profile.counts, max(profile.samples, 1)
+  samples = max(profile.samples, 1)
+  hotness = hotness or (1,) * len(profile.tables)
+  bags = bags or (1,) * len(hotness)
+  plain = max(hotness) == 1
+  ends = _bucket_ends(profile.counts)
+  sums, of_table = _bucket_sums(profile, ends, not plain)
+  count = np.diff(ends, prepend=0)
+  uses = sums / count / samples
+  p = np.minimum(uses, 1.0)
+  if of_table is not None:
+    h = np.asarray(hotness)[:, None]
+    each = buffer_sizes.touch_probability(
+      np.minimum(uses / h, 1.0), h
+    )  # [T, K]
+    p = np.minimum(np.sum(of_table * each, axis=0) / count, 1.0)
+  rows = np.bincount(profile.table, minlength=len(profile.tables))
+  tables = tuple(
+    Table(*x)
+    for x in zip(profile.tables, rows.tolist(), hotness, bags, strict=True)
+  )
+  return BucketedProfile(
+    tables,
+    count,
+    p,
+    uses,
+    of_table=of_table,
+    table=None if plain else profile.table,
+  )
+
+
+def _bucket_ends(counts: np.ndarray) -> np.ndarray:  # [R] -> [K]
+  """The rank where each bucket of almost equal counts ends."""
   top = int(counts[0])
   # Descending lower edges of the buckets: ..., 1026, 1025, 1024, ..., 1, 0.
   edges = np.arange(min(top, 1 / EPS) + 1)
@@ -137,15 +179,19 @@ def of_profile(
     steps = math.ceil(math.log(top * EPS) / math.log1p(EPS)) + 1
     edges = np.append(edges, (1 + EPS) ** np.arange(1, steps + 1) / EPS)
   ends = np.unique(_at_least(counts, np.ceil(edges).astype(np.int64)))
-  ends = ends[ends > 0]
+  return ends[ends > 0]
+
+
+def _bucket_sums(
+  profile: Profile, ends: np.ndarray, by_table: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Lookups of each bucket [K], and `by_table` its rows a table [T, K]."""
   starts = np.concatenate([[0], ends[:-1]])
+  width = len(profile.tables)
   sums = np.zeros(len(ends))
-  hotness = hotness or (1,) * len(profile.tables)
-  plain, width = max(hotness) == 1, len(hotness)
-  bags = bags or (1,) * width
-  of_table = None if plain else np.zeros((width, len(ends)), np.int64)
-  for at in range(0, len(counts), _SLICE):
-    part = counts[at : at + _SLICE]
+  of_table = np.zeros((width, len(ends)), np.int64) if by_table else None
+  for at in range(0, len(profile.counts), _SLICE):
+    part = profile.counts[at : at + _SLICE]
     first, last = np.searchsorted(ends, [at, at + len(part) - 1], "right")
     cuts = np.maximum(starts[first : last + 1] - at, 0)
     sums[first : last + 1] += np.add.reduceat(part, cuts)
@@ -153,24 +199,19 @@ def of_profile(
       table = profile.table[at : at + len(part)]
       for k, rows in enumerate(np.split(table, cuts[1:]), int(first)):
         of_table[:, k] += np.bincount(rows, minlength=width)
-  count = ends - starts
-  uses = sums / count / samples
-  p = np.minimum(uses, 1.0)
-  if of_table is not None:
-    h = np.asarray(hotness)[:, None]
-    each = formulas.touch_probability(np.minimum(uses / h, 1.0), h)  # [T, K]
-    p = np.minimum(np.sum(of_table * each, axis=0) / count, 1.0)
-  rows = np.bincount(profile.table, minlength=len(profile.tables))
-  tables = tuple(
-    Table(*x)
-    for x in zip(profile.tables, rows.tolist(), hotness, bags, strict=True)
-  )
-  whose = None if plain else profile.table
-  return Spectrum(tables, count, p, uses, measured, "", of_table, whose)
+  return sums, of_table
 
 
-def _at_least(counts, edges):  # [R] descending, [E] -> [E]
-  """How many counts are >= each edge, by bisection and without a copy."""
+def _at_least(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
+  """How many counts are >= each edge, by bisection and without a copy.
+
+  Args:
+    counts: [R] descending.
+    edges: [E].
+
+  Returns:
+    [E] int64.
+  """
   low, high = np.zeros(len(edges), np.int64), np.full(len(edges), len(counts))
   while np.any(low < high):
     middle = (low + high) // 2
@@ -184,30 +225,13 @@ def _at_least(counts, edges):  # [R] descending, [E] -> [E]
 # ---- From an assumption
 
 
-def power_law(tables: tuple[Table, ...], exponent: float) -> Spectrum:
-  """Every table's rows are used with P(rank r) = r^-s / H(R, s).
+def power_law(tables: tuple[Table, ...], exponent: float) -> BucketedProfile:
+  """Buckets tables whose rows are used with P(rank r) = r^-s / H(R, s).
 
   A billion rows take no longer than the buckets: the ranks of a bucket follow
   from its edges, and sums past 16,384 ranks are integrals (midpoint rule).
   """
-  s = exponent
-  parts = []
-  for table in tables:
-    head = min(table.rows, _EXACT)
-    weights = np.arange(1, head + 1, dtype=np.float64) ** -s
-    norm = weights.sum() + _integral(head, table.rows, s)
-    starts = np.arange(head + 1)
-    if table.rows > head:  # geometric from there; p falls by EPS a bucket
-      steps = math.ceil(math.log(table.rows / head) * s / EPS)
-      tail = head * (table.rows / head) ** (np.arange(1, steps + 1) / steps)
-      starts = np.append(starts, np.unique(np.round(tail)).astype(np.int64))
-      starts = np.unique(starts)
-    a, b = starts[:-1], starts[1:]
-    mass = _integral(a, b, s)
-    mass[:head] = weights
-    r = np.minimum(mass / norm / (b - a), 1.0)
-    p = formulas.bag_probability(r, table.sizes or table.hotness)
-    parts.append((b - a, p, table.lookups * r))
+  parts = [_power_law_buckets(table, exponent) for table in tables]
   count, p, uses = (np.concatenate(x) for x in zip(*parts, strict=True))
   order = np.argsort(-p, kind="stable")
   whose = np.repeat(np.arange(len(parts)), [len(x[0]) for x in parts])[order]
@@ -218,18 +242,40 @@ def power_law(tables: tuple[Table, ...], exponent: float) -> Spectrum:
     bucket = np.searchsorted(starts, np.arange(len(size)), side="right") - 1
     of_table = np.zeros((len(tables), len(count)), np.int64)
     np.add.at(of_table, (whose, bucket), size)
-  return Spectrum(
+  return BucketedProfile(
     tables,
     count,
     p,
     uses,
-    assumed=f"no data counted: every table a power law of exponent {s:g}",
+    assumed="no data counted: every table a power law of exponent "
+    f"{exponent:g}",
     of_table=of_table,
   )
 
 
+def _power_law_buckets(
+  table: Table, s: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """A table's buckets: (rows, probability of a touch, lookups a sample)."""
+  head = min(table.rows, _EXACT)
+  weights = np.arange(1, head + 1, dtype=np.float64) ** -s
+  norm = weights.sum() + _integral(head, table.rows, s)
+  starts = np.arange(head + 1)
+  if table.rows > head:  # geometric from there; p falls by EPS a bucket
+    steps = math.ceil(math.log(table.rows / head) * s / EPS)
+    tail = head * (table.rows / head) ** (np.arange(1, steps + 1) / steps)
+    starts = np.append(starts, np.unique(np.round(tail)).astype(np.int64))
+    starts = np.unique(starts)
+  a, b = starts[:-1], starts[1:]
+  mass = _integral(a, b, s)
+  mass[:head] = weights
+  r = np.minimum(mass / norm / (b - a), 1.0)
+  p = buffer_sizes.bag_probability(r, table.sizes or table.hotness)
+  return b - a, p, table.lookups * r
+
+
 def _integral(a, b, s):
-  """sum of r^-s over ranks r in (a, b], a >= 1 or so; midpoint rule."""
+  """The sum of r^-s over ranks r in (a, b], a >= 1 or so; midpoint rule."""
   a, b = np.asarray(a, np.float64) + 0.5, np.asarray(b, np.float64) + 0.5
   if abs(s - 1) < 1e-9:
     return np.log(b / a)
@@ -237,7 +283,7 @@ def _integral(a, b, s):
 
 
 def _merge(count, p, uses):
-  """Neighbours whose p is within EPS become one bucket; where each starts."""
+  """Merges neighbours whose p is within EPS; also returns where each starts."""
   key = np.floor(np.log(np.maximum(p, 1e-300)) / math.log1p(EPS))
   starts = np.flatnonzero(np.concatenate([[True], np.diff(key) != 0]))
   rows = np.add.reduceat(count, starts)
@@ -249,33 +295,40 @@ def _merge(count, p, uses):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measured:
-  """Distinct rows of real batches, over those expected of independent ones."""
+class DistinctRatios:
+  """Distinct rows of real batches over those expected of independent ones."""
 
   samples: np.ndarray  # [M] ascending batch sizes
   ranks: np.ndarray  # [E + 1] ascending, 0 ... R
   ratios: np.ndarray  # [M, E]
 
-  def ratio(self, spectrum: Spectrum, samples: int) -> np.ndarray:  # [K]
-    """Linear in the logarithm of the batch size, constant outside."""
+  def ratio(self, profile: BucketedProfile, samples: int) -> np.ndarray:
+    """The ratio of each bucket for a batch of `samples`: [K] float64.
+
+    Linear in the logarithm of the batch size, constant outside.
+    """
     x = math.log(samples)
     by_rank = np.array(
       [np.interp(x, np.log(self.samples), r) for r in self.ratios.T]
     )
-    middle = (spectrum.ends[:-1] + spectrum.ends[1:]) // 2
+    middle = (profile.ends[:-1] + profile.ends[1:]) // 2
     k = np.searchsorted(self.ranks, middle, side="right") - 1
     return by_rank[np.clip(k, 0, len(by_rank) - 1)]
 
 
-def measure(spectrum: Spectrum, batches, parts: int = 12) -> Measured:
+def measure(
+  profile: BucketedProfile,
+  batches: Mapping[int, Sequence[np.ndarray]],
+  parts: int = 12,
+) -> DistinctRatios:
   """Counts the distinct rows of real batches.
 
   Args:
-    spectrum: of the same row space, not corrected itself.
+    profile: of the same row space, not corrected itself.
     batches: batch size -> arrays of ranks [that many, S] int32, -1 = none.
     parts: of the rows, geometric in rank, each with a ratio of its own.
   """
-  edges = np.round(spectrum.rows ** (np.arange(1, parts + 1) / parts))
+  edges = np.round(profile.rows ** (np.arange(1, parts + 1) / parts))
   ranks = np.unique(np.append(0, edges)).astype(np.int64)
   sizes = sorted(batches)
   ratios = np.ones((len(sizes), len(ranks) - 1))
@@ -284,8 +337,8 @@ def measure(spectrum: Spectrum, batches, parts: int = 12) -> Measured:
     for ids in batches[size]:
       distinct = np.unique(ids[ids >= 0])
       found += np.histogram(distinct, ranks)[0]
-    below = spectrum.below(formulas.touch_probability(spectrum.p, size))
+    below = profile.cumulative(buffer_sizes.touch_probability(profile.p, size))
     expected = below.between(ranks[:-1], ranks[1:]) * len(batches[size])
     enough = expected > 0
     ratios[i, enough] = found[enough] / expected[enough]
-  return Measured(np.asarray(sizes), ranks, ratios)
+  return DistinctRatios(np.asarray(sizes), ranks, ratios)

@@ -33,20 +33,20 @@ _TIER = 10 * US  # assumption: a few kernels
 
 
 def _gpu(
-  name,
-  nodes_of,
-  memory,
-  bandwidth,
-  float32,
-  bfloat16,
-  link,
-  pcie,
-  network,
-  host_memory,
-  host_bandwidth,
-  source,
-):
-  """Peaks of a data sheet -> a Topology."""
+  name: str,
+  nodes_of: int,
+  *,
+  memory: float,
+  bandwidth: float,
+  float32: float,
+  bfloat16: float,
+  link: float,
+  pcie: float,
+  network: float,
+  host_memory: float,
+  host_bandwidth: float,
+) -> Topology:
+  """Turns the peaks of a data sheet into a Topology."""
   return Topology(
     name=name,
     node_devices=nodes_of,
@@ -72,14 +72,25 @@ def _gpu(
     host_gather=0.25 * host_bandwidth,  # assumption: rows at random, NUMA
     host_link=_LINK * pcie,
     host_latency=50 * US,  # assumption: host callback of XLA
-    source=source,
+    source=_SHEET,
   )
 
 
 def _tpu(
-  name, devices, torus, hosts, memory, bandwidth, bfloat16, ici, nic, ram, page
-):
-  """Peaks of a page of Cloud TPU's documentation -> a Topology."""
+  name: str,
+  devices: int,
+  *,
+  torus: int,
+  hosts: int,
+  memory: float,
+  bandwidth: float,
+  bfloat16: float,
+  ici: float,
+  nic: float,
+  ram: float,
+  page: str,
+) -> Topology:
+  """Turns the peaks of a page of Cloud TPU's documentation into a Topology."""
   return Topology(
     name=name,
     node_devices=devices,
@@ -149,42 +160,43 @@ _SHEET = (
 PRESETS = {
   t.name: t
   for t in (
-    _gpu("dgx_a100", 8, **_A100, source=_SHEET),
-    _gpu("dgx_h100", 8, **_H100, source=_SHEET),
-    _gpu("dgx_h200", 8, **_H200, source=_SHEET),
-    _gpu("a100", 1, **(_A100 | {"host_memory": 256 * GB}), source=_SHEET),
-    _gpu("h100", 1, **(_H100 | {"host_memory": 256 * GB}), source=_SHEET),
-    _gpu("h200", 1, **(_H200 | {"host_memory": 256 * GB}), source=_SHEET),
+    _gpu("dgx_a100", 8, **_A100),
+    _gpu("dgx_h100", 8, **_H100),
+    _gpu("dgx_h200", 8, **_H200),
+    _gpu("a100", 1, **(_A100 | {"host_memory": 256 * GB})),
+    _gpu("h100", 1, **(_H100 | {"host_memory": 256 * GB})),
+    _gpu("h200", 1, **(_H200 | {"host_memory": 256 * GB})),
     # Pod of 256, 2D torus, 8 chips a host; 16 GB at 819 GB/s, 197 TFLOPS, ICI
     # 400 GB/s both ways, 512 GiB a host, 2 x 100 Gb/s a host.
     _tpu(
-      "tpu_v5e", 256, 2, 8, 16 * GB, 819 * GB, 197e12, 400 * GB, 25 * GB,
-      512 * 2**30, "v5e",
+      "tpu_v5e", 256, torus=2, hosts=8, memory=16 * GB, bandwidth=819 * GB,
+      bfloat16=197e12, ici=400 * GB, nic=25 * GB, ram=512 * 2**30, page="v5e",
     ),
     # Pod of 8,960, 3D torus, 4 chips a host; 95 GB at 2,765 GB/s, 459 TFLOPS,
     # ICI 4,800 Gb/s. ct5p-hightpu-4t: 448 GB; 200 Gb/s a host (assumption).
     _tpu(
-      "tpu_v5p", 8_960, 3, 4, 95 * GB, 2_765 * GB, 459e12, 1_200 * GB, 25 * GB,
-      448 * GB, "v5p",
+      "tpu_v5p", 8_960, torus=3, hosts=4, memory=95 * GB, bandwidth=2_765 * GB,
+      bfloat16=459e12, ici=1_200 * GB, nic=25 * GB, ram=448 * GB, page="v5p",
     ),
     # Pod of 256, 2D torus, 8 chips a host; 32 GB at 1,638 GB/s, 918 TFLOPS,
     # ICI 800 GB/s both ways, 1,536 GiB a host, 4 x 200 Gb/s a host.
     _tpu(
-      "tpu_v6e", 256, 2, 8, 32 * GB, 1_638 * GB, 918e12, 800 * GB, 100 * GB,
-      1_536 * 2**30, "v6e",
+      "tpu_v6e", 256, torus=2, hosts=8, memory=32 * GB, bandwidth=1_638 * GB,
+      bfloat16=918e12, ici=800 * GB, nic=100 * GB, ram=1_536 * 2**30,
+      page="v6e",
     ),
   )
 }  # fmt: skip
 
 
 def cpu(devices: int) -> Topology:
-  """Simulated devices that share this machine's cores, each its part.
+  """Describes simulated devices that share this machine's cores.
 
   By scripts/calibrate.py with eight of them on two cores: the mean of two runs,
   launch of two later ones whose smallest step is a batch of 512. But for the
-  host: planner/cut_points.py wants its rows no cheaper than the devices', which the same
-  memory holds here. Assumed to grow with cores.
-  What an operation takes before it does anything is the devices' together.
+  host: planner/cut_points.py wants its rows no cheaper than the devices', which
+  the same memory holds here. Assumed to grow with cores. What an operation
+  takes before it does anything is the devices' together.
   """
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   n = max(devices, 1)
@@ -220,10 +232,10 @@ def cpu(devices: int) -> Topology:
 
 
 def get(name: str, devices: int) -> Topology:
-  """A preset by name, else the topology in the file of that name.
+  """The preset of that name, else the topology in the file of that name.
 
   Raises:
-    UserError: neither.
+    UserError: there is neither.
   """
   if name == "cpu":
     return cpu(devices)

@@ -1,7 +1,8 @@
 """What machines hold, and how fast they are. No JAX: a plan is made anywhere.
 
 A cluster has two levels: devices of a node are joined by fast links, nodes by
-a network. Presets are in planner/presets.py; `load` reads a measured one from a file.
+a network. Presets are in planner/presets.py; `load` reads a measured topology
+from a file.
 """
 
 import dataclasses
@@ -9,11 +10,13 @@ import json
 import math
 import os
 import pathlib
+from typing import Any
 
+from recjax import files
 from recjax.errors import UserError
 
-# Part of a memory that tables and slots may fill where no budget is given; the
-# rest is for activations, buffers, the dense part and the system.
+# Part of a memory that tables and slot variables may fill where no budget is
+# given; the rest is for activations, buffers, the dense part and the system.
 _TABLE_SHARE = 0.6
 
 
@@ -48,9 +51,11 @@ class Topology:
   source: str = ""
 
   def nodes(self, devices: int) -> int:
+    """N, the nodes that so many devices make."""
     return -(-devices // self.node_devices)
 
   def hosts(self, devices: int) -> int:
+    """The hosts that so many devices sit in."""
     return -(-devices // self.host_devices)
 
 
@@ -101,36 +106,38 @@ def load(path: str | pathlib.Path) -> Topology:
       f"are {', '.join(fields)}"
     )
   for name, value in found.items():
-    kind = fields[name].type
-    if kind is str:
-      if not isinstance(value, str):
-        raise UserError(f"plan.topology: {path}: {name}: {value!r} is no text")
-      continue
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    low, high = _LIMITS.get(name, _RATE)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-      raise UserError(
-        f"plan.topology: {path}: {name}: {value!r} is not a number from "
-        f"{low:g} to {high:g}"
-      )
-    if kind is int and value != int(value):
-      raise UserError(f"plan.topology: {path}: {name}: {value!r} is not whole")
-    found[name] = kind(value)
+    found[name] = _checked(path, fields[name], value)
   return Topology(**found)
 
 
+def _checked(path: str | pathlib.Path, field: dataclasses.Field, value: Any):
+  """The value of a field; raises UserError where it is absurd."""
+  name, kind = field.name, field.type
+  if kind is str:
+    if not isinstance(value, str):
+      raise UserError(f"plan.topology: {path}: {name}: {value!r} is no text")
+    return value
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  low, high = _LIMITS.get(name, _RATE)
+  if not number or not math.isfinite(value) or not low <= value <= high:
+    raise UserError(
+      f"plan.topology: {path}: {name}: {value!r} is not a number from "
+      f"{low:g} to {high:g}"
+    )
+  if kind is int and value != int(value):
+    raise UserError(f"plan.topology: {path}: {name}: {value!r} is not whole")
+  return int(value) if kind is int else float(value)
+
+
 def save(topology: Topology, path: str | pathlib.Path) -> None:
-  """The inverse of load."""
-  path = pathlib.Path(path)
-  part = path.with_name(path.name + ".part")
-  part.write_text(json.dumps(dataclasses.asdict(topology), indent=2) + "\n")
-  part.rename(path)
+  """Writes a topology as JSON, for `load` to read."""
+  files.write(path, json.dumps(dataclasses.asdict(topology), indent=2) + "\n")
 
 
 def memory_budgets(
   device_mb: int, host_mb: int, devices: int, device_limit: int | None = None
 ) -> tuple[int, int]:
-  """Bytes for tables and slots: (a device, all hosts' part of this host).
+  """Bytes for tables and slot variables: (of a device, of this host).
 
   0 MB reads the budget from the machine: `device_limit` is the accelerator's
   own memory in bytes; without one (CPU), the `devices` simulated devices

@@ -1,70 +1,51 @@
 """The test split through the forward pass, into streaming metrics."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from recjax.errors import UserError
-from recjax.mesh import batch_sharding
-from recjax.training import metrics
-from recjax.training.step import TrainState
+from recjax.progress import Progress
+from recjax.training.metrics import Metrics
+from recjax.training.state import Run
+
+_REPORT_SECONDS = 10
 
 
-def to_devices(
-  batch: dict[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
-  """A process's part of a batch, as global arrays split over the mesh."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, x)
-    for name, x in batch.items()
-  }
-
-
-def run(
-  state: TrainState,
-  forward: Callable,
-  batches: Iterator[dict[str, np.ndarray]],
-  mesh: Mesh,
-  report: Callable[[str], None],
+def evaluate(
+  run: Run,
+  batches: Iterable[dict[str, jax.Array]],
   samples: int,
+  report: Callable[[str], None] = print,
 ) -> dict[str, float]:
-  """Metrics of every sample of the split: loss, auc, log_loss, ...
+  """Scores every sample of the test split, on the run's mesh.
 
   Args:
-    forward: of `train_step.make_forward`; padded samples (mask 0) of its
-      batches do not count.
-    samples: of the split, for the progress line.
+    run: whose present state is scored.
+    batches: of `inputs.scored_batches`.
+    samples: of the split, to tell the time left.
+    report: takes lines of progress.
+
+  Returns:
+    loss, auc, log_loss, ...: see `Metrics.result`. Padded samples of the last
+    batch do not count.
 
   Raises:
     UserError: a logit is not finite.
   """
-  total = metrics.Metrics()
-  start = last = time.monotonic()
-  seen = 0
+  total = Metrics()
+  progress = Progress(
+    "evaluate:", report, samples, "samples", every_seconds=_REPORT_SECONDS
+  )
   for batch in batches:
-    inputs = {k: batch[k] for k in ("dense", "ids", "weights") if k in batch}
-    scored = to_devices(
-      {"label": batch["label"], "mask": batch["mask"], **inputs}, mesh
-    )
-    logits, labels, mask = jax.device_get(forward(state, scored))
+    logits, labels, mask = jax.device_get(run.forward(run.state, batch))
     try:
       total.add(logits, labels, mask)
     except ValueError as e:
       raise UserError(
-        f"evaluation at step {int(state.step)}: {e}; the parameters have "
+        f"evaluation at step {int(run.state.step)}: {e}; the parameters have "
         "diverged. Lower train.learning_rate or embedding.learning_rate, or "
         "evaluate an earlier --config.checkpoint.step"
       ) from e
-    seen += int(mask.sum())
-    if time.monotonic() - last > 10:
-      last = time.monotonic()
-      rate = seen / (last - start)
-      report(
-        f"evaluate: {seen:,} of {samples:,} samples, {rate:,.0f} samples/s, "
-        f"{(samples - seen) / rate:.0f} s left"
-      )
+    progress.add(int(mask.sum()))
   return total.result()

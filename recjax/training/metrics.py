@@ -1,6 +1,7 @@
-"""Streaming metrics of click prediction, on the host, and their log.
+"""Metrics of click prediction, and the files that they are written to.
 
-No JAX: evaluation adds a batch's logits at a time, and memory stays bounded.
+Runs on the host, without JAX. Evaluation adds the logits of one batch at a
+time, so memory stays bounded however long the test split is.
 """
 
 import json
@@ -11,21 +12,24 @@ from pathlib import Path
 import numpy as np
 import tensorboardX
 
+from recjax import files
+
 _MAX_DISTINCT = 1 << 22
 
 
 class Metrics:
-  """AUC, log loss, normalized entropy and calibration of logits in a stream.
+  """Computes AUC, log loss, normalized entropy and calibration of a stream.
 
-  The AUC is exact, ties counted one half, until more than `max_distinct`
-  different (logit, label) pairs were seen. From then on the lowest bits of
-  the float32 logits are dropped, one more whenever the limit is passed again,
-  and `auc_error` of the result bounds what that changed. At the default limit
-  that was 6e-7 after 25 M normal logits, with 0.7 GB of memory at the peak.
+  The AUC is exact, and a tie counts one half, as long as there are at most
+  `max_distinct` different (logit, label) pairs. Each time there are more, one
+  more of the lowest bits of the float32 logits is dropped, and `auc_error` of
+  the result bounds the change that this makes. With the default limit the
+  bound was 6e-7 after 25 M normally distributed logits, and memory peaked at
+  0.7 GB.
   """
 
   def __init__(self, max_distinct: int = _MAX_DISTINCT):
-    # Two signs and two labels always remain.
+    # Bits can be dropped down to two signs, each with two labels.
     self._max_distinct = max(max_distinct, 4)
     self._bits_dropped = 0
     # Distinct (key << 1 | label), sorted; and how often each was seen.
@@ -42,10 +46,11 @@ class Metrics:
     labels,  # [k], 0 or 1
     mask=None,  # [k] bool; False = padding
   ) -> None:
-    """Adds samples.
+    """Adds samples to the stream.
 
     Raises:
-      ValueError: a logit that is not finite, or a label that is not 0 or 1.
+      ValueError: where a logit is not finite or a label is not 0 or 1; then
+        no sample is added.
     """
     logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
     if mask is not None:
@@ -70,7 +75,7 @@ class Metrics:
       self._merge_new()
 
   def merge(self, other: "Metrics") -> "Metrics":
-    """The metrics of both streams, as one `add` of all would give them."""
+    """Returns the metrics of both streams together, as if one had seen all."""
     self._merge_new()
     other._merge_new()
     out = Metrics(min(self._max_distinct, other._max_distinct))
@@ -88,17 +93,19 @@ class Metrics:
     return out
 
   def result(self) -> dict[str, float]:
-    """The metrics so far.
+    """Computes the metrics of all samples so far.
 
     Returns:
-      loss, log_loss: mean of -log p(label), in nats.
-      auc: the probability that a positive's logit is above a negative's; nan
-        where only one class was seen.
-      auc_error: the exact AUC of the stream is within +- this of `auc`.
-      normalized_entropy: log loss over the entropy of the base rate (He et
-        al., ADKDD 2014); nan where only one class was seen.
-      calibration: sum of predictions over sum of labels; nan without clicks.
-      samples: how many were added. With none, all others are nan.
+      loss, log_loss: the mean of -log p(label), in nats.
+      auc: the probability that the logit of a positive sample is above that
+        of a negative one; nan if only one class was seen.
+      auc_error: the exact AUC is between `auc - auc_error` and
+        `auc + auc_error`.
+      normalized_entropy: the log loss divided by the entropy of the mean label
+        (He et al., ADKDD 2014); nan if only one class was seen.
+      calibration: the sum of the predictions divided by the sum of the labels;
+        nan if no label is 1.
+      samples: how many were added. If none were, all others are nan.
     """
     self._merge_new()
     label = self._keys & 1
@@ -143,35 +150,30 @@ class Metrics:
 
 
 class MetricsWriter:
-  """Appends to `metrics.jsonl` and TensorBoard event files of a workdir.
+  """Appends to `metrics.jsonl` and to TensorBoard event files in a workdir.
 
   Each line of `metrics.jsonl` is one JSON object: `step`, `split`, then the
-  values; one that is not finite is null. Lines are flushed as they are
-  written. For one process only.
+  values, with null for a value that is not finite. A line is flushed as soon
+  as it is written. Only one process of a job may have a writer.
 
   Args:
     workdir: an existing folder.
-    step: training goes on after this step: lines of later steps, and a line
-      that an earlier run was killed in, are dropped.
+    step: the step after which training goes on. Lines of later steps are
+      dropped, and so is a line that was cut off when an earlier run was killed.
   """
 
   def __init__(self, workdir: str | os.PathLike, step: int = 0):
     path = Path(workdir) / "metrics.jsonl"
     if path.exists():
       kept = [s for s in path.read_bytes().splitlines(True) if _keep(s, step)]
-      part = path.with_name(path.name + ".part")
-      with part.open("wb") as f:
-        f.writelines(kept)
-        f.flush()
-        os.fsync(f.fileno())
-      part.replace(path)
+      files.write(path, b"".join(kept))
     self._file = path.open("a", encoding="utf-8")
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=step + 1 if step else None, flush_secs=30
     )
 
   def write(self, step: int, split: str, values: dict[str, float]) -> None:
-    """Writes a line; `split` is 'train' or 'test'."""
+    """Writes the values of a step; `split` is 'train' or 'test'."""
     values = {k: _number(v) for k, v in values.items()}
     line = {"step": int(step), "split": split, **values}
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -181,6 +183,7 @@ class MetricsWriter:
         self._events.add_scalar(f"{split}/{name}", value, step)
 
   def close(self) -> None:
+    """Closes the files."""
     self._file.close()
     self._events.close()
 

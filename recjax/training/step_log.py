@@ -1,4 +1,4 @@
-"""What a run reports: loss, rate, rounds, distinct rows, time left."""
+"""Reports a run as it goes: loss, samples/s, rounds, rows, time left."""
 
 import contextlib
 import pathlib
@@ -15,7 +15,14 @@ from recjax.training import metrics
 
 @contextlib.contextmanager
 def writer(workdir, first):
-  """metrics.MetricsWriter.write on process 0; the others write nothing."""
+  """Yields the `write` of a metrics.MetricsWriter, which closes at the end.
+
+  Process 0 writes; what the others yield does nothing.
+
+  Args:
+    workdir: an existing folder.
+    first: the step after which training goes on.
+  """
   if jax.process_index():
     yield lambda *_: None
     return
@@ -24,7 +31,11 @@ def writer(workdir, first):
 
 
 class StepLog:
-  """Fetches a step's metrics after the next step was dispatched."""
+  """Logs the metrics of each step, one step late.
+
+  A step's metrics are fetched only after the next step was dispatched, so that
+  the devices never wait for the host.
+  """
 
   def __init__(
     self,
@@ -32,17 +43,24 @@ class StepLog:
     steps: int,
     first: int,
     expected: float,
+    *,
     write: Callable,
     report: Callable[[str], None],
     saver,
     directory: pathlib.Path,
   ):
-    """Of a run from step `first` to `steps`.
+    """Starts the log of a run.
 
     Args:
-      expected: distinct warm and cold rows a device and step, by the plan.
-      write: (step, split, values), of `writer`.
-      saver, directory: of the checkpoints, to name the last good one.
+      config: the config's `train`.
+      steps: the last step.
+      first: the step after which training goes on; 0 = from the start.
+      expected: how many distinct warm and cold rows a device is expected to
+        ask for in a step, by the plan.
+      write: takes (step, split, values); see `writer`.
+      report: takes a line for the terminal.
+      saver: the checkpoint manager, which is asked for the last good step.
+      directory: of the checkpoints, for the error message.
     """
     self._expected = expected
     self._every = config.log_every_steps
@@ -54,7 +72,7 @@ class StepLog:
     self._since, self._at = time.monotonic(), first
 
   def add(self, step: int, out: dict) -> None:
-    """Takes a step's metrics, still being computed.
+    """Takes a step's metrics, which may still be being computed.
 
     Raises:
       UserError: the loss of the step before is not finite.
@@ -63,7 +81,11 @@ class StepLog:
     self._pending = step, out
 
   def flush(self) -> None:
-    """Waits for the last step's metrics; raises as `add`."""
+    """Waits for the metrics of the last step and logs them.
+
+    Raises:
+      UserError: the loss of that step is not finite.
+    """
     if self._pending is None:
       return
     (step, out), self._pending = self._pending, None

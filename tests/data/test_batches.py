@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recjax.data import batches, blocks, prepare
+from recjax.data import batches, blocks
+from recjax.data.prepared import Prepared
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.schema import Feature, Schema
@@ -41,7 +42,7 @@ def prepared(tmp_path_factory):
   assert samples == {"train": TRAIN, "test": TEST}
   profile = Profile(TRAIN, ("a",), np.ones(251, np.int64), np.zeros(251, "i2"))
   settings = {"data.block_samples": BLOCK}
-  return prepare.Prepared(directory, schema, profile, samples, "", settings)
+  return Prepared(directory, schema, profile, samples, "", settings)
 
 
 def numbers(batch):
@@ -220,17 +221,6 @@ def test_a_process_reads_its_own_blocks_only(prepared, monkeypatch):
   assert all(len(shard) == len(set(shard)) for shard in shards)
   first_two = [set(shard[:2]) for shard in shards]
   assert len(set.union(*first_two)) == 8
-
-
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
-def test_blocks_take_turns(sizes, data):
-  """Against dealing the samples one by one."""
-  count = data.draw(st.integers(0, sum(sizes)))
-  turns = [(k, w) for w, size in enumerate(sizes) for k in range(size)]
-  dealt = [w for _, w in sorted(turns)[:count]]
-  want = [dealt.count(w) for w in range(len(sizes))]
-  got = batches.taken(np.array(sizes), count)
-  assert got.tolist() == want
 
 
 @pytest.mark.parametrize(("size", "count"), [(251, 1), (16, 17), (100, 4)])

@@ -6,9 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import tensorflow_datasets as tfds
-from test_prepare import REAL, arrays, config, needs_real_data, quiet
+from helpers_data import REAL, arrays, config, needs_real_data, quiet
 
-from recjax.data import blocks, movielens, prepare, vocabulary
+from recjax.data import movielens, prepare, vocabulary
 from recjax.errors import UserError
 
 
@@ -35,8 +35,7 @@ def test_movielens_in_time_order(tmp_path):
   assert p.samples == {"train": 15, "test": 5}
   got = arrays(p, "train")
   assert "dense" not in got  # there are none
-  at = os.path.join(p.directory, prepare.BLOCKS)
-  assert blocks.Blocks(at, "train", 15, 64)[[0]]["dense"].shape == (15, 0)
+  assert p.blocks("train")[[0]]["dense"].shape == (15, 0)
   np.testing.assert_array_equal(got["label"], [0] * 5 + [1] * 10)
   table = pq.read_table(tmp_path / "p" / vocabulary.FILE)
   name = {r["rank"]: r["value"] or r["kind"] for r in table.to_pylist()}

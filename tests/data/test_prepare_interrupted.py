@@ -10,22 +10,36 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-from test_prepare import config, content, log, quiet
+from helpers_data import config, content, log, quiet
 
 from recjax.data import prepare, vocabulary
 
+# Fills the disk, or dies, as a pass reports its end; or dies before a rename.
 SCRIPT = """
-import resource, sys
+import os, resource, signal, sys
 from recjax.data import prepare
 from recjax.config import Config, Data
 from recjax.errors import UserError
-train, directory, full = sys.argv[1:]
+train, directory, full, dies = sys.argv[1:]
 
 def report(line):
   print(line, flush=True)
   if full and f"prepare: {full}" in line:
     fill()
+  if dies and f"prepare: {dies}" in line:
+    die()
+
+def die():
+  os.kill(os.getpid(), signal.SIGKILL)
+
+def rename(*paths, real=os.replace, calls=[]):
+  calls.append(paths)
+  return die() if str(len(calls)) == dies else real(*paths)
+
+os.replace = rename
 
 def fill():
   resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
@@ -41,9 +55,9 @@ except UserError as e:
 """
 
 
-def run(train, directory, full=""):
+def run(train, directory, full="", dies=""):
   return subprocess.Popen(
-    [sys.executable, "-c", SCRIPT, str(train), str(directory), full],
+    [sys.executable, "-c", SCRIPT, str(train), str(directory), full, dies],
     cwd=os.path.join(os.path.dirname(__file__), "..", ".."),
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -79,37 +93,41 @@ def test_no_space_to_spill_counts_as_a_full_disk(tmp_path):
 
 
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
+  """One death after the other, each further on, all in the same folder."""
   log(tmp_path / "log.tsv", 20_000)
   start = time.monotonic()
   with run(tmp_path / "log.tsv", tmp_path / "p") as process:
     assert process.wait() == 0
   spent = time.monotonic() - start
   want = content(tmp_path / "p")
+  # Before the renames of the chunk's two files, staged.json, the vocabulary;
+  # counted.json; after the last sample; before prepared.json and the folder.
+  for dies in ("1", "2", "3", "4", "2", "pack", "1", "2"):
+    with run(tmp_path / "log.tsv", tmp_path / "q", dies=dies) as process:
+      assert process.wait() == -signal.SIGKILL
   rng = random.Random(0)
-  killed = 0
-  for _ in range(5):
+  for _ in range(2):  # and at a moment that nobody chose
     with run(tmp_path / "log.tsv", tmp_path / "q") as process:
       time.sleep(spent * rng.uniform(0.4, 1.0))
-      process.send_signal(signal.SIGKILL)
-      killed += process.wait() == -signal.SIGKILL
+      process.kill()
+      process.wait()
     shutil.rmtree(tmp_path / "q", ignore_errors=True)  # where it was finished
   with run(tmp_path / "log.tsv", tmp_path / "q") as process:
     assert process.wait() == 0
-  assert killed
   assert content(tmp_path / "q") == want
 
 
 def test_memory_stays_bounded(tmp_path):
   """More distinct values than the engine may hold: it spills."""
   n = 3_000_000
-  values = np.random.default_rng(0).permutation(n)
+  values = pa.array(np.random.default_rng(0).permutation(n)).cast(pa.string())
 
   def parts():
     for i in range(0, n, 100_000):
-      text = np.char.add(
-        "a rather long value ", values[i : i + 100_000].astype(str)
+      text = pc.binary_join_element_wise(
+        "a rather long value", values[i : i + 100_000], " "
       )
-      yield np.zeros(100_000, np.int16), vocabulary.pa.array(text)
+      yield np.zeros(100_000, np.int16), text
 
   spill = str(tmp_path / "spill")
   with vocabulary.open_engine(128, spill) as engine:

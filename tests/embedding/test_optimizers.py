@@ -1,4 +1,4 @@
-"""Each optimizer against numpy written from the papers' formulas."""
+"""Each optimizer against numpy written from the papers' communication."""
 
 import jax
 import numpy as np

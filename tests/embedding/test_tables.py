@@ -2,20 +2,23 @@
 
 import functools
 
+import helpers
 import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from recjax.embedding import optimizers, tables
-from recjax.embedding.tables import Tier
+from recjax.embedding.embedding import make_embedding
+from recjax.embedding.row_random import initial_rows
+from recjax.embedding.tables import TierArrays
 from recjax.mesh import make_mesh
-from recjax.plan.plan import Plan
+from recjax.plan.plan import HOT, Plan
+from recjax.schema import AXES, DEVICE, Feature
 
 ROWS, DIM = 1_003, 8
-ADAM = optimizers.adam(0.1)
-ROWWISE = optimizers.rowwise_adagrad(0.1)
-# devices, hot, warm_end, and the devices of a node with a copy of warm rows
+# Of the group "g": devices, hot, warm_end, and the devices of a node with a
+# copy of its warm rows; then (rows, hot, warm_end, dim) of more groups.
 PLANS = {
   "hot": (8, ROWS, ROWS),
   "warm": (2, 0, ROWS),
@@ -25,51 +28,47 @@ PLANS = {
   "mixed": (8, 10, 317),
   "copies": (8, 10, 317, 4),
   "copies_of_all": (4, 0, ROWS, 2),
+  "two_groups": (8, 10, 317, 0, (77, 5, 60, 3)),
+  "three_groups": (2, 0, ROWS, 0, (77, 77, 77, 3), (51, 0, 0, DIM)),
 }
 
 
 def make_plan(
-  devices, hot, warm_end, copies=0, rows=ROWS, dim=DIM, dtype="float32"
-):
-  return Plan(
-    devices=devices,
-    batch_size=devices,
-    rows=rows,
-    dim=dim,
-    dtype=dtype,
-    hot=hot,
-    warm_end=warm_end,
-    capacity_warm=1 if warm_end > hot else 0,
-    capacity_cold=1 if rows > warm_end else 0,
-    node_devices=copies,
-    warm_copies="node" if copies else "one",
-    capacity_far_warm=1 if copies else 0,
+  devices, hot, warm_end, copies=0, *more, rows=ROWS, dim=DIM, dtype="float32"
+) -> Plan:
+  groups = [(rows, hot, warm_end, dim), *more]
+  made = tuple(
+    helpers.make_group(
+      devices,
+      rows,
+      hot,
+      warm_end - hot,
+      name=name,
+      tables=(name,),
+      dim=dim,
+      dtype=dtype,
+      capacity=1,
+      node_devices=copies,
+      copies=copies > 0,
+    )
+    for name, (rows, hot, warm_end, dim) in zip("guv", groups, strict=False)
   )
+  return Plan(devices, devices, made, copies)
 
 
-def counts(plan):
-  return {"hot": plan.hot, "warm": plan.warm, "cold": plan.cold}
-
-
-def rank_order(t: tables.Tables, plan):
-  """Rows and slots as numpy, in rank order."""
-  parts = []
-  for name, count in counts(plan).items():
-    tier = getattr(t, name)
-    assert (tier is None) == (count == 0)
-    if tier is not None:
-      flat = lambda x, n=name: x if n == "hot" else x.reshape(-1, *x.shape[2:])
-      take = lambda x, f=flat, c=count: f(np.asarray(x))[:c]
-      parts.append(jax.tree.map(take, tier))
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+def embedding_of(plan, optimizer="rowwise_adagrad", seed=3):
+  features = tuple(Feature(t, t) for g in plan.groups for t in g.tables)
+  make = optimizers.OPTIMIZERS[optimizer]
+  of_group = {g.name: make(0.1) for g in plan.groups}
+  return make_embedding(plan, features, of_group, seed=seed)
 
 
 @functools.cache
 def fresh(name, optimizer="rowwise_adagrad", scale=0.25, seed=3):
   plan = make_plan(*PLANS[name])
   mesh = make_mesh(plan.devices, plan.node_devices)
-  optimizer = optimizers.OPTIMIZERS[optimizer](0.1)
-  return plan, mesh, tables.init(plan, optimizer, mesh, scale, seed)
+  embedding = embedding_of(plan, optimizer, seed)
+  return embedding, mesh, tables.init(embedding, mesh, scale)
 
 
 # ---- Init
@@ -77,39 +76,19 @@ def fresh(name, optimizer="rowwise_adagrad", scale=0.25, seed=3):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_first_rows_are_the_same_under_every_plan_and_mesh(name):
-  plan, _, t = fresh(name)
+  embedding, _, t = fresh(name)
   _, _, other = fresh("hot")
-  got = rank_order(t, plan)
-  assert got.rows.shape == (ROWS, DIM)
-  np.testing.assert_array_equal(got.rows, other.hot.rows)
-  np.testing.assert_array_equal(got.slots["acc"], np.zeros(ROWS))
-
-
-def test_first_rows_are_uniform():
-  rows = np.asarray(tables.initial_rows(np.arange(200_000), DIM, 0.25, 3))
-  assert rows.dtype == np.float32
-  assert rows.min() >= -0.25
-  assert rows.max() < 0.25
-  n = rows.size
-  assert abs(rows.mean()) < 5 * 0.25 / np.sqrt(3 * n)
-  variance = 0.25**2 / 3  # of the uniform; that of x^2 is 4/45 scale^4
-  assert abs(rows.var() - variance) < 5 * np.sqrt(4 / 45 / n) * 0.25**2
-  share, _ = np.histogram(rows, 64, (-0.25, 0.25))
-  expected = n / 64
-  assert np.sum((share - expected) ** 2 / expected) < 63 + 5 * np.sqrt(126)
-  # Neither neighbouring ranks nor columns go together.
-  for a, b in ((rows[1:], rows[:-1]), (rows[:, 1:], rows[:, :-1])):
-    assert abs(np.mean(a * b)) < 5 * variance / np.sqrt(a.size)
-
-
-def test_first_rows_depend_on_the_seed():
-  ranks = np.arange(1_000)
-  rows = [tables.initial_rows(ranks, DIM, 1.0, seed) for seed in (0, 1)]
-  assert np.mean(np.asarray(rows[0]) == np.asarray(rows[1])) < 0.001
-  correlation = np.corrcoef(np.ravel(rows[0]), np.ravel(rows[1]))[0, 1]
-  assert abs(correlation) < 5 / np.sqrt(rows[0].size)
-  again = tables.initial_rows(ranks[500:], DIM, 1.0, 0)
-  np.testing.assert_array_equal(again, rows[0][500:])
+  got = helpers.in_rank_order(t, embedding.plan)
+  assert got["g"].rows.shape == (ROWS, DIM)
+  np.testing.assert_array_equal(got["g"].rows, other["g"][HOT].rows)
+  for g in embedding.groups:
+    of = got[g.name]
+    np.testing.assert_array_equal(of.slots["acc"], np.zeros(g.group.rows))
+    ranks = np.arange(g.group.rows, dtype=np.int32)
+    want = jax.jit(initial_rows, static_argnums=(1, 2))(
+      ranks, g.dim, 0.25, np.uint32(g.seed)
+    )
+    np.testing.assert_array_equal(of.rows, want)
 
 
 # ---- Placement
@@ -117,45 +96,53 @@ def test_first_rows_depend_on_the_seed():
 
 @pytest.mark.parametrize("name", PLANS)
 def test_shards_lie_with_their_owners_in_the_right_memory(name):
-  plan, mesh, t = fresh(name, "adam")
-  placed = tables.shardings(plan, ADAM, mesh)
+  embedding, mesh, t = fresh(name, "adam")
+  plan = embedding.plan
+  placed = tables.shardings(embedding, mesh)
   jax.tree.map(
     lambda x, s: pytest.fail(f"{x.sharding} != {s}") if x.sharding != s else 0,
     t,
     placed,
   )
   device = jax.devices()[0].default_memory().kind
-  spec = lambda tier: PartitionSpec(None, tables.owners_of(plan, tier)[1])
-  for tier, (where, wide) in {
-    "hot": (PartitionSpec(), device),
-    "warm": (spec("warm"), device),
-    "cold": (spec("cold"), "pinned_host"),
-  }.items():
-    for x in jax.tree.leaves(getattr(t, tier)):
-      assert x.sharding == NamedSharding(mesh, where, memory_kind=wide)
-  # Rank r of a tier is slot r // n of owner r % n, in every node of copies.
-  want = rank_order(t, plan).rows
-  for tier, first in (("warm", plan.hot), ("cold", plan.warm_end)):
-    if getattr(t, tier) is None:
-      continue
-    n = plan.warm_owners if tier == "warm" else plan.devices
-    shards = getattr(t, tier).rows.addressable_shards
-    assert len(shards) == plan.devices
-    for k, shard in enumerate(shards):
-      assert shard.device == jax.devices()[k]
-      mine = want[first : first + counts(plan)[tier]][k % n :: n]
-      np.testing.assert_array_equal(
-        np.asarray(shard.data)[: len(mine), 0], mine
-      )
+  axes = {"hot": None, "warm": AXES, "cold": AXES}
+  if "copies" in name:
+    axes["warm"] = DEVICE
+  want = helpers.in_rank_order(t, plan)
+  for group in plan.groups:
+    for tier in group.tiers:
+      arrays = t[group.name][tier.name]
+      where = PartitionSpec()
+      if axes[tier.name]:
+        where = PartitionSpec(None, axes[tier.name])
+      kind = "pinned_host" if tier.name == "cold" else device
+      for x in jax.tree.leaves(arrays):
+        assert x.sharding == NamedSharding(mesh, where, memory_kind=kind)
+      if not axes[tier.name]:
+        continue
+      # Rank r of a tier is local row r // n of owner r % n, in every node of
+      # copies.
+      n = plan.devices
+      if axes[tier.name] == DEVICE:
+        n = plan.node_devices
+      shards = arrays.rows.addressable_shards
+      assert len(shards) == plan.devices
+      rows = want[group.name].rows[tier.first : tier.stop]
+      for k, shard in enumerate(shards):
+        assert shard.device == jax.devices()[k]
+        mine = rows[k % n :: n]
+        np.testing.assert_array_equal(
+          np.asarray(shard.data)[: len(mine), 0], mine
+        )
 
 
 def test_bfloat16_rows_have_float32_slots():
   plan, mesh = make_plan(2, 3, 11, rows=40, dtype="bfloat16"), make_mesh(2)
-  t = tables.init(plan, ADAM, mesh, 1.0, 0)
-  got = rank_order(t, plan)
+  t = tables.init(embedding_of(plan, "adam", seed=0), mesh, 1.0)
+  got = helpers.in_rank_order(t, plan)["g"]
   assert got.rows.dtype == "bfloat16"
   assert {s.dtype.name for s in got.slots.values()} == {"float32"}
-  want = tables.initial_rows(np.arange(40), DIM, 1.0, 0).astype("bfloat16")
+  want = initial_rows(np.arange(40), DIM, 1.0, 0).astype("bfloat16")
   np.testing.assert_array_equal(got.rows, np.asarray(want))
 
 
@@ -163,37 +150,40 @@ def test_bfloat16_rows_have_float32_slots():
 
 
 def asked_and_filled(name, block_rows):
-  """The ranges that fill asks for, and the tables that it returns."""
-  plan = make_plan(*PLANS[name])
-  mesh = make_mesh(plan.devices, plan.node_devices)
-  t = tables.init(plan, ROWWISE, mesh, 0.25, 3)
-  asked = []
+  """The ranges that fill asks for, by group, and the tables it returns."""
+  embedding, mesh, _ = fresh(name)
+  t = tables.init(embedding, mesh, 0.25)
+  asked = {g.name: [] for g in embedding.groups}
+  dims = {g.name: g.dim for g in embedding.groups}
 
-  def rows(first, stop):
-    asked.append((first, stop))
+  def rows(group, first, stop):
+    asked[group].append((first, stop))
     ranks = np.arange(first, stop, dtype=np.float32)
-    columns = np.arange(DIM, dtype=np.float32)
-    return Tier(ranks[:, None] * DIM + columns, {"acc": -ranks - 1})
+    columns = np.arange(dims[group], dtype=np.float32)
+    rows = ranks[:, None] * dims[group] + columns
+    return TierArrays(rows, {"acc": -ranks - 1})
 
-  t = tables.fill(t, plan, ROWWISE, mesh, block_rows, rows)
-  return plan, mesh, asked, t
+  t = tables.fill(t, embedding, mesh, block_rows, rows)
+  return embedding, mesh, asked, t
 
 
 @pytest.mark.parametrize("block_rows", [100, 10_000])
 @pytest.mark.parametrize("name", PLANS)
 def test_fill_writes_every_rank_once_in_bounded_blocks(name, block_rows):
-  plan, mesh, asked, t = asked_and_filled(name, block_rows)
-  got = rank_order(t, plan)
-  want = np.arange(ROWS * DIM, dtype=np.float32).reshape(ROWS, DIM)
-  np.testing.assert_array_equal(got.rows, want)
-  np.testing.assert_array_equal(got.slots["acc"], -1.0 - np.arange(ROWS))
-  firsts, stops = zip(*asked, strict=True)
-  assert list(firsts) == [0, *stops[:-1]]
-  assert stops[-1] == ROWS
-  assert all(0 < b - a <= block_rows for a, b in asked)
-  tiers = sum(count > 0 for count in counts(plan).values())
-  assert len(asked) <= ROWS / (block_rows - plan.devices) + tiers
-  placed = tables.shardings(plan, ROWWISE, mesh)
+  embedding, mesh, asked, t = asked_and_filled(name, block_rows)
+  got = helpers.in_rank_order(t, embedding.plan)
+  for g in embedding.plan.groups:
+    want = np.arange(g.rows * g.dim, dtype=np.float32).reshape(g.rows, g.dim)
+    np.testing.assert_array_equal(got[g.name].rows, want)
+    acc = got[g.name].slots["acc"]
+    np.testing.assert_array_equal(acc, -1.0 - np.arange(g.rows))
+    firsts, stops = zip(*asked[g.name], strict=True)
+    assert list(firsts) == [0, *stops[:-1]]
+    assert stops[-1] == g.rows
+    assert all(0 < b - a <= block_rows for a, b in asked[g.name])
+    most = g.rows / (block_rows - embedding.plan.devices) + len(g.tiers)
+    assert len(asked[g.name]) <= most
+  placed = tables.shardings(embedding, mesh)
   assert jax.tree.map(lambda x: x.sharding, t) == placed
 
 
@@ -202,13 +192,14 @@ def test_fill_writes_in_place():
   for name in ("hot", "warm", "cold"):
     plan = make_plan(*PLANS[name], dim=64)
     mesh = make_mesh(plan.devices)
-    slots = tuple(sorted(ROWWISE.slots.items()))
-    write = tables._block_writer(plan, slots, mesh, name)
-    t = getattr(tables.init(plan, ROWWISE, mesh, 0.25, 3), name)
+    embedding = embedding_of(plan)
+    (tier,) = plan.groups[0].tiers
+    kind = tables.shardings(embedding, mesh)["g"][name].rows.memory_kind
+    write = tables.block_writer(tier, ("acc",), mesh, kind)
+    t = tables.init(embedding, mesh, 0.25)["g"][name]
     block = jax.tree.map(lambda x: np.zeros((8, *x.shape[1:]), x.dtype), t)
     memory = write.lower(t, block, np.int32(0)).compile().memory_analysis()
-    shard = plan.hot or plan.warm_slots or plan.cold_slots
-    size = shard * (64 + 1) * 4
+    size = tier.shard_rows * (64 + 1) * 4
     aliased = memory.alias_size_in_bytes + memory.host_alias_size_in_bytes
     assert aliased >= size, name
     temporary = memory.temp_size_in_bytes + memory.host_temp_size_in_bytes

@@ -1,71 +1,93 @@
 """The compiled step sends what its plan says, to the byte."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
+import helpers
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 from recjax.embedding import optimizers
+from recjax.embedding.buckets import buckets_of
+from recjax.embedding.embedding import make_embedding
 from recjax.mesh import make_mesh
-from recjax.planner import compiled_collectives, frequency_buckets
-from recjax.planner import solve as solve_lib
+from recjax.planner import compiled_collectives, frequency_buckets, solve
 from recjax.planner.compiled_collectives import Collective
 from recjax.planner.frequency_buckets import Table
-from recjax.schema import Feature
-from recjax.training import step as train_step_lib
+from recjax.planner.problem import make_problem
+from recjax.schema import Feature, TableGroup
+from recjax.training import step as step_lib
+from recjax.training.state import StepSpec
 
-DIM, LOCAL = 8, 64
+LOCAL = 64
 TABLES = (Table("a", 3_000), Table("b", 500), Table("c", 9_000))
 FEATURES = tuple(Feature(t.name, t.name) for t in TABLES)
+ONE = (TableGroup("all", ("a", "b", "c"), 8, "float32", "adagrad", 0.1),)
+TWO = (
+  TableGroup("narrow", ("b",), 4, "float32", "adagrad", 0.1),
+  TableGroup("wide", ("a", "c"), 16, "float32", "adagrad", 0.1),
+)
 
 
-def planned(devices, hot_sync, exchange_dtype):
-  return solve_lib.plan(
-    frequency_buckets.power_law(TABLES, 1.1),
-    devices=devices,
-    batch_size=devices * LOCAL,
-    lookups=len(TABLES),
-    dim=DIM,
-    dtype="float32",
-    slot_bytes=4 * DIM,
-    exchange_dtype=exchange_dtype,
+def planned(groups, devices, hot_sync, exchange_dtype):
+  problems = []
+  for group in groups:
+    tables = tuple(t for t in TABLES if t.name in group.tables)
+    problems.append(
+      make_problem(
+        frequency_buckets.power_law(tables, 1.1),
+        devices=devices,
+        batch_size=devices * LOCAL,
+        lookups=len(tables),
+        dim=group.dim,
+        dtype="float32",
+        slot_bytes=4 * group.dim,
+        exchange_dtype=exchange_dtype,
+      )
+    )
+  return solve.solve(
+    problems,
+    groups,
     hosts=1,
     device_bytes=1 << 20,
     host_bytes=1 << 30,
     hot_rows=50,
     warm_rows=2_000,
-    syncs=(hot_sync,),
+    hot_syncs=(hot_sync,),
   )
 
 
 def compiled(plan, exchange_dtype) -> list[Collective]:
   """Of the step over tables that are never created."""
   mesh = make_mesh(plan.devices)
-  model = train_step_lib.Model(
-    apply=lambda params, dense, x: jnp.einsum("bad,d->b", x, params["w"]),
-    features=FEATURES,
-    dense_optimizer=optax.sgd(0.1),
-    sparse_optimizer=optimizers.adagrad(0.1),
-    plan=plan,
-    exchange_dtype=jnp.dtype(exchange_dtype),
-    seed=0,
+  embedding = make_embedding(
+    plan,
+    FEATURES,
+    {g.name: optimizers.adagrad(0.1) for g in plan.groups},
+    wire_dtype=jnp.dtype(exchange_dtype),
   )
-  params = {"w": jnp.zeros(DIM)}
-  lowered, _ = train_step_lib.lower(model, mesh, params, 1)
-  text = lowered.compile({"xla_backend_optimization_level": 0}).as_text()
+
+  def apply(params, dense, activations, masks):
+    x = [activations[f.name][:, 0] for f in FEATURES]
+    return jnp.concatenate(x, axis=1) @ params["w"]
+
+  spec = StepSpec(apply, embedding, optax.sgd(0.1))
+  lowered, _ = step_lib.lower(spec, mesh, {"w": jnp.zeros(width(plan))}, 1)
+  text = lowered.compile(helpers.FAST).as_text()
   return compiled_collectives.of_step(text, plan.devices)
 
 
-def check(devices, hot_sync="dense", exchange_dtype="float32"):
-  """Each kind of Plan.sent equals its collectives; nothing else is sent."""
-  plan = planned(devices, hot_sync, exchange_dtype)
-  assert min(plan.hot, plan.warm, plan.cold) > 0
+def width(plan) -> int:
+  """Activations of a sample, in numbers."""
+  return sum(g.dim * len(g.tables) for g in plan.groups)
+
+
+def check(devices, hot_sync="all_reduce", exchange_dtype="float32", groups=ONE):
+  """Each kind of what a plan sends equals its collectives; nothing else is."""
+  plan = planned(groups, devices, hot_sync, exchange_dtype)
+  assert len(plan.groups[-1].tiers) == 3 and len(plan.groups[0].tiers) > 1
   n = devices
   kinds = dict.fromkeys(("ids", "rows", "gradients", "hot", "rest"), 0.0)
+  ids = 0  # collectives that carry them
   for c in compiled(plan, exchange_dtype):
     if c.repeated:  # the rounds after an overflow
       continue
@@ -73,54 +95,55 @@ def check(devices, hot_sync="dense", exchange_dtype="float32"):
       integer = c.shapes[0][0] == "s32"
       forward = "lookup" in c.scope
       kind = "ids" if integer else "rows" if forward else "gradients"
+      ids += integer
     elif c.kind == "all-gather":
       kind = "hot"
     else:
       kind = "rest"
     kinds[kind] += c.sent(n)
-  sent = dict(plan.sent)
+  assert ids == (n > 1)  # those of all groups and tiers travel together
+  sent = dict(plan.prediction.sent)
   # Loss, count of rows and dense gradients; the agreement on rounds.
-  rest = 2 * (n - 1) / n * 4 * (DIM + 2 + 2 * n + 1)
-  if hot_sync == "dense":
+  agreed = len(buckets_of(plan).capacity)
+  rest = 2 * (n - 1) / n * 4 * (width(plan) + 2 + agreed)
+  if hot_sync == "all_reduce":
     kinds["hot"], kinds["rest"] = kinds["rest"] - rest, rest
   got = {**kinds, "hot gradients": kinds.pop("hot")}
   assert got.pop("rest") == pytest.approx(rest)
   assert got.pop("hot gradients") == pytest.approx(sent["hot gradients"])
-  buffers = n * (plan.capacity_warm + plan.capacity_cold)
-  width = DIM * jnp.dtype(exchange_dtype).itemsize
-  for kind, each in (("ids", 4), ("rows", width), ("gradients", width)):
-    assert kinds[kind] == sent[kind] == buffers * each * (n - 1) / n
+  size = np.dtype(jnp.dtype(exchange_dtype)).itemsize
+  rows = {
+    g.name: sum(t.owners * t.capacity for t in g.sharded) for g in plan.groups
+  }
+  of_rows = sum(rows[g.name] * g.dim * size for g in plan.groups)
+  for kind, each in (
+    ("ids", 4 * sum(rows.values())),
+    ("rows", of_rows),
+    ("gradients", of_rows),
+  ):
+    assert kinds[kind] == pytest.approx(each * (n - 1) / n, rel=1e-12)
+    assert sent[kind] == pytest.approx(each * (n - 1) / n, rel=1e-12)
 
 
-@pytest.mark.parametrize("hot_sync", ["dense", "sparse"])
+@pytest.mark.parametrize("hot_sync", ["all_reduce", "all_gather"])
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_the_step_sends_what_the_plan_says(devices, hot_sync):
   check(devices, hot_sync)
 
 
+@pytest.mark.parametrize("hot_sync", ["all_reduce", "all_gather"])
+def test_two_groups_send_what_the_plan_says(hot_sync):
+  check(8, hot_sync, groups=TWO)
+
+
 def test_bfloat16_is_sent_as_two_bytes():
-  check(8, "sparse", "bfloat16")
+  check(8, "all_gather", "bfloat16")
 
 
-def on_64_devices(code):
-  """Runs code in a process of its own: this one has eight devices."""
-  root = pathlib.Path(__file__).parents[2]
-  code = f"import jax; jax.config.update('jax_num_cpu_devices', 64); {code}"
-  folders = [
-    ".",
-    *(f"tests/{room}" for room in ("planner", "training", "embedding")),
-  ]
-  paths = os.pathsep.join(str(root / folder) for folder in folders)
-  env = os.environ | {"PYTHONPATH": paths}
-  run = subprocess.run(
-    [sys.executable, "-c", code], env=env, capture_output=True, text=True
-  )
-  assert run.returncode == 0, run.stderr[-2_000:]
-
-
+@pytest.mark.slow
 def test_on_64_devices():
-  on_64_devices(
-    "import test_compiled_collectives as t; t.check(64); t.check(64, 'sparse')"
+  helpers.on_64_devices(
+    __file__, "t.check(64); t.check(64, 'all_gather', groups=t.TWO)"
   )
 
 

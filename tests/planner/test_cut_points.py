@@ -5,34 +5,19 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers_planner import buckets_of, free_of_latencies, shape_of
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import optimize, sparse
 
 from recjax.planner import cut_points, frequency_buckets, lower_bound, presets
-from recjax.planner.frequency_buckets import Spectrum, Table
-from recjax.planner.step_cost import Load, Work
+from recjax.planner.buffer_sizes import DistinctRows
+from recjax.planner.frequency_buckets import Table
+from recjax.planner.problem import HOT_SYNCS, Cuts, Problem
+from recjax.planner.traffic import Traffic
+from recjax.planner.transport import TRANSPORTS, Transport
 
-DENSE = ("dense",)
-
-
-def work_of(devices=2, local=8, **changes) -> Work:
-  arguments = {
-    "devices": devices,
-    "batch_size": devices * local,
-    "lookups": 100,
-    "dim": 8,
-    "row_bytes": 32,
-    "slot_bytes": 4,
-    "wire_bytes": 32,
-  }
-  return Work(**(arguments | changes))
-
-
-def spectrum_of(p) -> Spectrum:
-  p = np.sort(np.asarray(p, np.float64))[::-1]
-  table = Table("t", len(p))
-  return Spectrum((table,), np.ones(len(p), np.int64), p, p)
+ALL_REDUCED = ("all_reduce",)
 
 
 @st.composite
@@ -45,26 +30,23 @@ def problems(draw):
   name = draw(st.sampled_from(["cpu", "dgx_h200", "a100", "tpu_v6e"]))
   t = presets.get(name, devices)
   if draw(st.booleans()):  # a step that latencies do not decide
-    t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
-    t = dataclasses.replace(
-      t, host_latency=0.0, ring_latency=0.0, tier_latency=0.0
-    )
-  work = work_of(
+    t = free_of_latencies(t)
+  shape = shape_of(
     devices,
     draw(st.sampled_from([1, 8, 1_000])),
     lookups=draw(st.sampled_from([1, 100])),
     train=draw(st.booleans()),
   )
   objective = draw(st.sampled_from(["time", "bytes"]))
-  problem = cut_points.Problem(spectrum_of(p), work, t, None, objective)
+  problem = Problem(buckets_of(p), shape, t, None, objective)
   fit = draw(st.integers(0, 9))
   return problem, fit, draw(st.integers(0, 9)) * devices
 
 
-def costs_of_all(problem, fit, host_rows, far=None) -> np.ndarray:
+def costs_of_all(problem, fit, host_rows, inter_node=None) -> np.ndarray:
   """Of every assignment of rows to tiers that respects the budgets."""
-  s, n = problem.spectrum, problem.work.devices
-  pi = problem.pi
+  s, n = problem.profile, problem.shape.devices
+  pi = problem.of_device.pi
   tiers = np.array(list(itertools.product(range(3), repeat=s.rows)))
   hot, warm, cold = (tiers == k for k in range(3))
   rows = hot.sum(1), warm.sum(1), cold.sum(1)
@@ -72,13 +54,17 @@ def costs_of_all(problem, fit, host_rows, far=None) -> np.ndarray:
   fits &= -(-rows[2] // n) * n <= host_rows
   tops = [np.max(np.where(x, pi, 0), axis=1) for x in (warm, cold)]
   buffers = [
-    problem.buffers_of(x @ pi, x @ (pi * (1 - pi)), top, size)
+    problem.buffers_of(DistinctRows(x @ pi, x @ (pi * (1 - pi)), top, size))
     for x, top, size in zip((warm, cold), tops, rows[1:], strict=True)
   ]
-  load = Load(rows[0], *buffers)
-  if far is not None:
-    load = dataclasses.replace(load, far_warm=far(warm), far_cold=far(cold))
-  return problem.evaluate(load)[fits]
+  traffic = Traffic(rows[0], *buffers)
+  if inter_node is not None:
+    traffic = dataclasses.replace(
+      traffic,
+      inter_node_warm=inter_node(warm),
+      inter_node_cold=inter_node(cold),
+    )
+  return problem.evaluate(traffic)[fits]
 
 
 @settings(max_examples=1_200, deadline=None)
@@ -86,10 +72,10 @@ def costs_of_all(problem, fit, host_rows, far=None) -> np.ndarray:
 def test_no_placement_is_cheaper(case):
   problem, fit, host_rows = case
   costs = costs_of_all(problem, fit, host_rows)
-  found = cut_points.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, host_rows, hot_syncs=ALL_REDUCED)
   assert (found is None) == (len(costs) == 0)
   if found is not None:
-    got = float(problem.cost_of_cuts(*found))
+    got = float(problem.cost(found))
     assert got == pytest.approx(costs.min(), rel=1e-9)
 
 
@@ -100,15 +86,15 @@ def test_with_padded_buffers_within_a_row(case, chance):
   problem, fit, host_rows = case
   problem = dataclasses.replace(problem, overflow_probability=chance)
   costs = costs_of_all(problem, fit, host_rows)
-  found = cut_points.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, host_rows, hot_syncs=ALL_REDUCED)
   assert (found is None) == (len(costs) == 0)
   if found is not None:
-    n = problem.work.devices
+    n = problem.shape.devices
     one = [
-      problem.evaluate(Load(*x)) for x in ((1, 0, 0), (0, n, 0), (0, 0, n))
+      problem.evaluate(Traffic(*x)) for x in ((1, 0, 0), (0, n, 0), (0, 0, n))
     ]
-    row = max(one) - problem.evaluate(Load())
-    got = float(problem.cost_of_cuts(*found))
+    row = max(one) - problem.evaluate(Traffic())
+    got = float(problem.cost(found))
     assert got <= costs.min() + row * (1 + 1e-9)
 
 
@@ -116,7 +102,7 @@ def test_with_padded_buffers_within_a_row(case, chance):
 @given(problems())
 def test_no_cuts_are_cheaper_where_touched_rows_are_exchanged(case):
   problem, fit, host_rows = case
-  n, rows = problem.work.devices, problem.spectrum.rows
+  n, rows = problem.shape.devices, problem.profile.rows
   every = [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
   fits = [
     (h, e)
@@ -127,11 +113,8 @@ def test_no_cuts_are_cheaper_where_touched_rows_are_exchanged(case):
   assert (found is None) == (not fits)
   if found is not None:
     hot, end = np.array(fits).T
-    least = min(
-      problem.cost_of_cuts(hot, end, sync).min()
-      for sync in cut_points.HOT_SYNCS
-    )
-    got = float(problem.cost_of_cuts(*found))
+    least = min(problem.cost(Cuts(hot, end, sync)).min() for sync in HOT_SYNCS)
+    got = float(problem.cost(found))
     assert got == pytest.approx(least, rel=1e-9)
 
 
@@ -146,21 +129,18 @@ def node_problems(draw):
   t = presets.get(draw(st.sampled_from(["dgx_h200", "tpu_v6e"])), devices)
   t = dataclasses.replace(t, node_devices=g)
   if draw(st.booleans()):  # a step that latencies do not decide
-    t = dataclasses.replace(t, link_latency=0.0, network_latency=0.0)
-    t = dataclasses.replace(
-      t, host_latency=0.0, ring_latency=0.0, tier_latency=0.0
-    )
+    t = free_of_latencies(t)
   if draw(st.booleans()):  # a host half as fast, and a slow network
     gather = t.gather * min(devices, t.host_devices) / 2
     t = dataclasses.replace(t, host_link=1e15, host_gather=gather, network=1e6)
-  work = work_of(
+  shape = shape_of(
     devices,
     draw(st.sampled_from([1, 8, 1_000])),
     train=draw(st.booleans()),
     node_devices=g,
   )
   objective = draw(st.sampled_from(["time", "bytes"]))
-  problem = cut_points.Problem(spectrum_of(p), work, t, None, objective)
+  problem = Problem(buckets_of(p), shape, t, None, objective)
   return problem, draw(st.integers(0, 8)), draw(st.integers(0, 8)) * devices
 
 
@@ -179,16 +159,17 @@ def slow_network():
     host_gather=2 * t.gather,
     network=1e6,
   )
-  work = work_of(4, 1, node_devices=2)
-  s = spectrum_of([0.6, 0.5, 0.3, 0.2, 0.1])
-  return cut_points.Problem(s, work, t, None), 3, 4
+  shape = shape_of(4, 1, node_devices=2)
+  s = buckets_of([0.6, 0.5, 0.3, 0.2, 0.1])
+  return Problem(s, shape, t, None), 3, 4
 
 
 def test_rare_rows_need_no_copies():
   """Neither all that fit nor none: what the network or the hosts ask for."""
   for exchange, end in (("flat", 4), ("two_stage", 1)):
-    way = cut_points.Transport(exchange, "node")
-    assert cut_points.best_cuts(*slow_network(), ways=(way,))[:2] == (0, end)
+    transport = Transport(exchange, "node")
+    found = cut_points.best_cuts(*slow_network(), transports=(transport,))
+    assert (found.hot, found.warm_end) == (0, end)
 
 
 @settings(max_examples=400, deadline=None)
@@ -196,45 +177,46 @@ def test_rare_rows_need_no_copies():
 @example(slow_network())
 def test_no_cuts_are_cheaper_with_any_transport(case):
   problem, fit, host_rows = case
-  n, rows = problem.work.devices, problem.spectrum.rows
+  n, rows = problem.shape.devices, problem.profile.rows
   every = [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
   least = {}
-  for way in cut_points.TRANSPORTS:
-    owners = way.warm_owners(problem.work)
+  for transport in TRANSPORTS:
+    owners = transport.warm_owners(problem.shape)
     fits = [
       (h, e)
       for h, e in every
       if h + -(-(e - h) // owners) <= fit
       and -(-(rows - e) // n) * n <= host_rows
     ]
-    found = cut_points.best_cuts(problem, fit, host_rows, ways=(way,))
+    found = cut_points.best_cuts(
+      problem, fit, host_rows, transports=(transport,)
+    )
     assert (found is None) == (not fits)
     if found is None:
       continue
     hot, end = np.array(fits).T
-    least[way] = min(
-      problem.cost_of_cuts(hot, end, sync, way).min()
-      for sync in cut_points.HOT_SYNCS
+    least[transport] = min(
+      problem.cost(Cuts(hot, end, sync, transport)).min() for sync in HOT_SYNCS
     )
-    got = float(problem.cost_of_cuts(*found))
-    assert got == pytest.approx(least[way], rel=1e-9)
+    got = float(problem.cost(found))
+    assert got == pytest.approx(least[transport], rel=1e-9)
   best = cut_points.best_cuts(problem, fit, host_rows)
   assert (best is None) == (not least)
   if best is not None:
-    got = float(problem.cost_of_cuts(*best))
+    got = float(problem.cost(best))
     assert got == pytest.approx(min(least.values()), rel=1e-9)
 
 
 @settings(max_examples=20, deadline=None)
-@given(node_problems(), st.sampled_from(cut_points.TRANSPORTS))
-def test_the_bound_holds_with_any_transport(case, way):
+@given(node_problems(), st.sampled_from(TRANSPORTS))
+def test_the_bound_holds_with_any_transport(case, transport):
   problem, fit, host_rows = case
   found = cut_points.best_cuts(
-    problem, fit, host_rows, syncs=DENSE, ways=(way,)
+    problem, fit, host_rows, hot_syncs=ALL_REDUCED, transports=(transport,)
   )
   if found is not None:
-    bound = lower_bound.lower_bound(problem, fit, host_rows, way)
-    got = float(problem.cost_of_cuts(*found))
+    bound = lower_bound.lower_bound(problem, fit, host_rows, transport)
+    got = float(problem.cost(found))
     tiny = 1e-12 if problem.objective == "time" else 1e-6  # 1e-9 rows
     assert bound <= got * (1 + 1e-6) + tiny
 
@@ -244,20 +226,20 @@ def test_the_bound_holds_with_any_transport(case, way):
 def test_no_placement_is_cheaper_in_two_stages(case):
   """Row by row, as with all devices asking the owners."""
   problem, fit, host_rows = case
-  way, work = cut_points.Transport("two_stage"), problem.work
-  g = work.devices // work.nodes
-  pi = problem.spectrum.touched(g * work.local)
+  transport, shape = Transport("two_stage"), problem.shape
+  g = shape.devices // shape.nodes
+  pi = problem.profile.touched(g * shape.local)
 
-  def far(there):  # [placements, R] bool -> rows N C_far
+  def inter_node(there):  # [placements, R] bool -> rows N C_far
     return np.where(there.any(1), np.maximum(there @ pi, 1e-9), 0) / g
 
-  costs = costs_of_all(problem, fit, host_rows, far)
+  costs = costs_of_all(problem, fit, host_rows, inter_node)
   found = cut_points.best_cuts(
-    problem, fit, host_rows, syncs=DENSE, ways=(way,)
+    problem, fit, host_rows, hot_syncs=ALL_REDUCED, transports=(transport,)
   )
   assert (found is None) == (len(costs) == 0)
   if found is not None:
-    got = float(problem.cost_of_cuts(*found))
+    got = float(problem.cost(found))
     assert got == pytest.approx(costs.min(), rel=1e-9)
 
 
@@ -270,8 +252,8 @@ def by_linear_program(problem, fit, host_rows) -> float:
   A linear program for each set of tiers that are there at all, because of the
   latencies of a tier.
   """
-  s, n = problem.spectrum, problem.work.devices
-  pi = problem.pi
+  s, n = problem.profile, problem.shape.devices
+  pi = problem.of_device.pi
   rows = s.count.astype(np.float64)
   memory = np.array([[1, 1 / n, 0], [0, 0, 1]])  # device, hosts
   budgets = np.array([fit, host_rows], np.float64)
@@ -280,9 +262,9 @@ def by_linear_program(problem, fit, host_rows) -> float:
     for there in itertools.combinations(range(3), size):
       tiny = np.zeros(3)
       tiny[list(there)] = 1e-9
-      fixed = float(problem.evaluate(Load(*tiny)))
+      fixed = float(problem.evaluate(Traffic(*tiny)))
       slopes = [
-        (float(problem.evaluate(Load(*(tiny + 1e6 * unit)))) - fixed) / 1e6
+        (float(problem.evaluate(Traffic(*(tiny + 1e6 * unit)))) - fixed) / 1e6
         for unit in np.eye(3)
       ]
       each = np.stack([slopes[0] + 0 * pi, slopes[1] * pi, slopes[2] * pi])
@@ -304,13 +286,13 @@ def by_linear_program(problem, fit, host_rows) -> float:
 @given(problems())
 def test_the_bound_is_that_of_a_linear_program(case):
   problem, fit, host_rows = case
-  found = cut_points.best_cuts(problem, fit, host_rows, syncs=DENSE)
+  found = cut_points.best_cuts(problem, fit, host_rows, hot_syncs=ALL_REDUCED)
   if found is not None:
     bound = lower_bound.lower_bound(problem, fit, host_rows)
     program = by_linear_program(problem, fit, host_rows)
     assert bound == pytest.approx(program, rel=1e-5)
     # The price of memory is bisected, so the bound is good to some 1e-7.
-    got = float(problem.cost_of_cuts(*found))
+    got = float(problem.cost(found))
     assert bound <= got * (1 + 1e-6) + 1e-30
 
 
@@ -320,67 +302,10 @@ def test_near_the_lower_bound(exponent, devices):
   """A small form of scripts/bench_plan.py."""
   tables = tuple(Table(f"t{i}", 10**i) for i in range(1, 7))
   s = frequency_buckets.power_law(tables, exponent)
-  work = work_of(devices, 1_024, lookups=6)
+  shape = shape_of(devices, 1_024, lookups=6)
   t = presets.get("dgx_h200", devices)
-  problem = cut_points.Problem(s, work, t, None)
+  problem = Problem(s, shape, t, None)
   fit = s.rows // 4 // devices + 1_000
-  found = cut_points.best_cuts(problem, fit, 2 * s.rows, syncs=DENSE)
-  got = float(problem.cost_of_cuts(*found))
+  found = cut_points.best_cuts(problem, fit, 2 * s.rows, hot_syncs=ALL_REDUCED)
+  got = float(problem.cost(found))
   assert got <= 1.001 * lower_bound.lower_bound(problem, fit, 2 * s.rows)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-  st.lists(st.floats(0, 1), min_size=1, max_size=7),
-  st.lists(st.floats(0, 1), min_size=1, max_size=7),
-  st.sampled_from([1, 2, 4]),
-  st.integers(0, 60),
-)
-def test_groups_share_the_memory(one, other, devices, room):
-  """Against all pairs of cuts, to the cost of what a row may change."""
-  t = dataclasses.replace(
-    presets.get("dgx_h200", devices),
-    link_latency=0.0,
-    ring_latency=0.0,
-    host_latency=0.0,
-    tier_latency=0.0,
-  )
-  problems = [
-    cut_points.Problem(spectrum_of(p), w, t, None)
-    for p, w in (
-      (one, work_of(devices, lookups=7)),
-      (
-        other,
-        work_of(devices, lookups=7, dim=32, row_bytes=128, wire_bytes=128),
-      ),
-    )
-  ]
-  budget, hosts = room * 36, 1 << 30
-  found = cut_points.plan_groups(problems, budget, hosts)
-  every = []  # (cost, bytes) of all cuts of each group
-  for p in problems:
-    rows = p.spectrum.rows
-    hot, end = np.array(
-      [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
-    ).T
-    held = (hot + -(-(end - hot) // devices)) * p.work.stored
-    least = np.minimum(
-      *(p.cost_of_cuts(hot, end, y) for y in cut_points.HOT_SYNCS)
-    )
-    every.append((least, held))
-  total = every[0][0][:, None] + every[1][0][None]
-  fits = every[0][1][:, None] + every[1][1][None] <= budget
-  best = total[fits].min()
-  held = sum(
-    (h + -(-(e - h) // devices)) * p.work.stored
-    for (h, e, *_), p in zip(found, problems, strict=True)
-  )
-  assert held <= budget
-  got = sum(
-    float(p.cost_of_cuts(*x)) for x, p in zip(found, problems, strict=True)
-  )
-  rows = [
-    float(p.evaluate(Load(0, 0, devices)) - p.evaluate(Load()))
-    for p in problems
-  ]
-  assert best * (1 - 1e-9) <= got <= best + 2 * devices * max(rows)

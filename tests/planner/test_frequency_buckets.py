@@ -5,23 +5,16 @@ import pathlib
 
 import numpy as np
 import pytest
+from helpers_planner import profile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax.frequency import Profile
-from recjax.planner import formulas, frequency_buckets
-from recjax.planner.frequency_buckets import Table
+from recjax.planner import buffer_sizes, frequency_buckets
+from recjax.planner.frequency_buckets import BucketedProfile, Table
 
 DATA = pathlib.Path(__file__).parents[3] / "shared" / "data"
 CRITEO = DATA / "criteo_kaggle_80k.tsv.gz"
 MOVIELENS = DATA / "ml-1m" / "ratings.tsv.gz"
-
-
-def profile_of(counts, samples, tables=1) -> Profile:
-  counts = np.sort(np.asarray(counts, np.int64))[::-1].copy()
-  table = (np.arange(len(counts)) % tables).astype(np.int16)
-  names = tuple(f"t{i}" for i in range(tables))
-  return Profile(samples, names, counts, table)
 
 
 @settings(max_examples=100, deadline=None)
@@ -34,9 +27,9 @@ def test_buckets_sum_like_their_rows(counts, samples):
   profile = profile_of(counts, max(counts) + 1)
   s = frequency_buckets.of_profile(profile)
   assert s.rows == profile.rows
-  pi = formulas.touch_probability(profile.frequencies(), samples)
+  pi = buffer_sizes.touch_probability(profile.frequencies(), samples)
   want = np.concatenate([[0], np.cumsum(pi)])[s.ends]
-  got = s.below(s.touched(samples))(s.ends)
+  got = s.cumulative(s.touched(samples))(s.ends)
   np.testing.assert_allclose(got, want, rtol=1e-7, atol=1e-12)
   assert np.all(np.diff(s.p) < 0) or len(s.p) == 1
   assert s.count @ s.uses == pytest.approx(profile.accesses / profile.samples)
@@ -63,7 +56,7 @@ def test_bags_of_any_size():
   for _ in range(batches):
     drawn = rng.choice(len(sizes), samples, p=sizes)
     found += len(np.unique(rng.choice(rows, drawn.sum(), p=r / r.sum())))
-  want = float(s.below(s.touched(samples))(rows))
+  want = float(s.cumulative(s.touched(samples))(rows))
   assert found / batches == pytest.approx(want, rel=0.005)
 
 
@@ -94,13 +87,13 @@ def test_a_power_law_is_that_of_its_ranks(exponent, hotness):
   p = []
   for t in tables:
     r = np.arange(1, t.rows + 1) ** -exponent
-    p.append(formulas.bag_probability(r / r.sum(), t.hotness))
+    p.append(buffer_sizes.bag_probability(r / r.sum(), t.hotness))
   p = np.sort(np.concatenate(p))[::-1]
   for samples in (1, 100, 10_000):
     pi = np.concatenate(
-      [[0], np.cumsum(formulas.touch_probability(p, samples))]
+      [[0], np.cumsum(buffer_sizes.touch_probability(p, samples))]
     )
-    got = s.below(s.touched(samples))
+    got = s.cumulative(s.touched(samples))
     np.testing.assert_allclose(got(s.ends), pi[s.ends], rtol=2e-5)
     cut = np.random.default_rng(0).integers(0, s.rows, 50)
     np.testing.assert_allclose(got(cut), pi[cut], rtol=2e-3)
@@ -130,7 +123,7 @@ def test_simulated_batches_have_the_expected_distinct_rows(hotness, samples):
     ids = np.searchsorted(edges, rng.random(samples * hotness))
     distinct = np.unique(np.minimum(ids, table.rows - 1))
     found += np.histogram(distinct, cuts)[0]
-  want = s.below(s.touched(samples)).between(cuts[:-1], cuts[1:])
+  want = s.cumulative(s.touched(samples)).between(cuts[:-1], cuts[1:])
   np.testing.assert_allclose(found / trials, want, rtol=5e-3)
 
 
@@ -147,11 +140,11 @@ def test_measured_ratios_correct_what_is_expected():
 
   batches = {m: [batch(m) for _ in range(60)] for m in (500, 2_000)}
   measured = frequency_buckets.measure(s, batches)
-  real = frequency_buckets.Spectrum(s.tables, s.count, s.p, s.uses, measured)
+  real = BucketedProfile(s.tables, s.count, s.p, s.uses, measured)
   for size in (500, 1_000, 2_000):
     want = np.mean([len(np.unique(batch(size))) for _ in range(60)])
-    got = real.below(real.touched(size))(s.rows)
-    plain = s.below(s.touched(size))(s.rows)
+    got = real.cumulative(real.touched(size))(s.rows)
+    plain = s.cumulative(s.touched(size))(s.rows)
     assert abs(got / want - 1) < 0.03
     assert plain / want > 1.3
 
@@ -174,11 +167,11 @@ def check_batches(ids, counts, sizes, independent):
   measured = frequency_buckets.measure(
     s, {m: slices(m)[::2] for m in sizes[::2]}
   )
-  real = frequency_buckets.Spectrum(s.tables, s.count, s.p, s.uses, measured)
+  real = BucketedProfile(s.tables, s.count, s.p, s.uses, measured)
   for size in sizes:
     found = np.mean([len(np.unique(x)) for x in slices(size)[1::2]])
-    got = real.below(real.touched(size))(s.rows)
-    plain = s.below(s.touched(size))(s.rows)
+    got = real.cumulative(real.touched(size))(s.rows)
+    plain = s.cumulative(s.touched(size))(s.rows)
     print(f"{size}: independent {plain / found - 1:+.2%}, "
           f"corrected {got / found - 1:+.2%}")  # fmt: skip
     assert abs(got / found - 1) < 0.03

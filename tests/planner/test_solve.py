@@ -5,24 +5,17 @@ import re
 
 import numpy as np
 import pytest
+from helpers_planner import HUGE, planned, profile_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recjax.errors import UserError
 from recjax.frequency import Profile
-from recjax.plan.plan import Plan, describe
-from recjax.planner import formulas, presets
-from recjax.planner import solve as solve_lib
+from recjax.plan.plan import COLD, HOT, TIERS, WARM, Plan
+from recjax.planner import buffer_sizes, presets, transport
+from recjax.planner.describe import describe
 
 MB = 1 << 20
-HUGE = 1 << 50
-
-
-def profile_of(counts, samples=None) -> Profile:
-  counts = np.sort(np.asarray(counts, np.int64))[::-1]
-  samples = int(counts.max()) if samples is None else samples
-  table = np.zeros(len(counts), np.int16)
-  return Profile(max(samples, 1), ("t",), counts, table)
 
 
 def power_law(rows, samples=10_000) -> Profile:
@@ -42,7 +35,7 @@ def make(profile, **changes) -> Plan:
     "device_bytes": HUGE,
     "host_bytes": HUGE,
   }
-  return solve_lib.plan(profile, **(arguments | changes))
+  return planned(profile, **(arguments | changes))
 
 
 def error_of(profile, **changes) -> str:
@@ -86,6 +79,22 @@ def row_bytes_of(arguments) -> int:
   return arguments["dim"] * width + arguments["slot_bytes"]
 
 
+def rows_of(p) -> tuple[int, int, int]:
+  """(hot, warm, cold) rows of the plan's only group."""
+  return tuple(p.groups[0].rows_of(name) for name in TIERS)
+
+
+def held_by_a_device(p) -> int:
+  """Rows of a device's replicas and warm shard."""
+  tiers = [t for t in p.groups[0].tiers if t.memory == "device"]
+  return sum(t.shard_rows for t in tiers)
+
+
+def shard_of(p, name) -> int:
+  tier = p.groups[0].tier(name)
+  return tier.shard_rows if tier else 0
+
+
 @settings(max_examples=300, deadline=None)
 @given(cases(), st.sampled_from([1e-9, 1e-3, 0.5]))
 def test_a_plan_is_consistent_and_fits(case, chance):
@@ -94,51 +103,53 @@ def test_a_plan_is_consistent_and_fits(case, chance):
   n, local = p.devices, p.batch_size // p.devices
   row_bytes = row_bytes_of(arguments)
   fit = arguments["device_bytes"] // row_bytes
-  assert 0 <= p.hot <= p.warm_end <= p.rows == profile.rows
-  assert p.hot + p.warm + p.cold == p.rows
+  (group,) = p.groups
+  assert group.rows == p.rows == profile.rows
+  firsts = np.cumsum([0, *(t.rows for t in group.tiers)])
+  assert [t.first for t in group.tiers] == firsts[:-1].tolist()
+  assert min(t.rows for t in group.tiers) > 0
 
   # Shards hold their rows, padded by little, within the budget.
-  tiers = (
-    (p.warm, p.warm_slots, p.warm_owners, p.capacity_warm, p.capacity_far_warm),
-    (p.cold, p.cold_slots, n, p.capacity_cold, p.capacity_far_cold),
-  )
-  for rows, slots, owners, *_ in tiers:
-    each = -(-rows // owners)
-    assert each <= slots <= each * (1 + 1 / 128)
-  assert p.hot + p.warm_slots <= fit
-  staged, copies = p.exchange == "two_stage", p.warm_copies == "node"
-  assert p.nodes > 1 or not (staged or copies)
-  if p.cold and p.warm and not copies:  # what fits is used: one more would not
-    assert p.hot + p.warm_slots >= (fit - p.hot) * 127 // 128
+  for tier in group.sharded:
+    each = -(-tier.rows // tier.owners)
+    assert each <= tier.shard_rows <= each * (1 + 1 / 128)
+  assert group.hot is None or group.hot.shard_rows == group.hot.rows
+  assert held_by_a_device(p) <= fit
+  way = transport.of_group(group)
+  assert p.nodes > 1 or way == transport.FLAT
+  hot, warm, cold = rows_of(p)
+  if cold and warm and not way.copies:  # what fits is used: no more would
+    assert held_by_a_device(p) >= (fit - hot) * 127 // 128
 
   # A buffer never holds more than can be asked of it, and never nothing.
-  for (rows, _, owners, c, far), united in zip(
-    tiers, (staged or copies, staged), strict=True
-  ):
-    most = min(-(-rows // owners), local * arguments["lookups"])
-    assert min(rows, 1) <= c <= most
-    assert united * min(rows, 1) <= far <= united * c * n // p.nodes
+  for tier in group.sharded:
+    most = min(-(-tier.rows // tier.owners), local * arguments["lookups"])
+    assert 1 <= tier.capacity <= most
+    united = way.two_stage or (way.copies and tier.name == WARM)
+    least = int(united)
+    assert least <= tier.node_capacity <= least * tier.capacity * n // p.nodes
     if arguments["capacity"]:
-      assert c == min(arguments["capacity"], most)
+      assert tier.capacity == min(arguments["capacity"], most)
 
-  reports = dict(zip(("hot", "warm", "cold"), p.reports, strict=True))
-  assert [r.rows for r in p.reports] == [p.hot, p.warm, p.cold]
-  assert reports["hot"].bytes == p.hot * row_bytes
-  assert reports["warm"].bytes == p.warm_slots * row_bytes
-  assert reports["cold"].bytes == p.cold_slots * n * row_bytes
-  shares = sum(r.share for r in p.reports)
+  reports = {r.tier: r for r in p.prediction.tiers}
+  assert list(reports) == [t.name for t in group.tiers]
+  assert [r.rows for r in reports.values()] == [t.rows for t in group.tiers]
+  for tier in group.tiers:
+    shards = n if tier.memory == "host" else 1
+    assert reports[tier.name].bytes == tier.shard_rows * shards * row_bytes
+  shares = sum(r.share for r in reports.values())
   assert shares == pytest.approx(1 if profile.accesses else 0)
-  touched = formulas.touch_probability(profile.frequencies(), local)
-  cuts = [0, p.hot, p.warm_end, p.rows]
-  for r, a, b in zip(p.reports, cuts, cuts[1:], strict=False):
-    assert r.distinct == pytest.approx(touched[a:b].sum())
-  assert reports["hot"].buffer_bytes == 0
+  touched = buffer_sizes.touch_probability(profile.frequencies(), local)
+  for tier in group.tiers:
+    distinct = touched[tier.first : tier.stop].sum()
+    assert reports[tier.name].distinct == pytest.approx(distinct)
+  assert HOT not in reports or reports[HOT].buffer_bytes == 0
 
   assert Plan.from_json(p.to_json()) == p
   text = describe(p)
-  for name, r in reports.items():
+  for name in TIERS:
     (line,) = re.findall(rf"^{name} .*$", text, re.M)
-    assert f" {r.rows:,} " in line
+    assert f" {p.groups[0].rows_of(name):,} " in line
 
 
 @settings(max_examples=60, deadline=None)
@@ -150,7 +161,8 @@ def test_more_device_memory_is_never_slower(case):
   later = make(profile, **larger, overflow_probability=None)
   if not arguments["capacity"]:
     # A tier of rows that are never used counts a 1e-9th row.
-    assert later.step_seconds <= now.step_seconds * (1 + 1e-9) + 1e-8
+    before, after = (x.prediction.step_seconds for x in (now, later))
+    assert after <= before * (1 + 1e-9) + 1e-8
 
 
 def test_planned_capacities_bound_every_owners_mean():
@@ -158,18 +170,20 @@ def test_planned_capacities_bound_every_owners_mean():
   profile = power_law(10_000)
   cuts = {"hot_rows": 0, "warm_rows": 4, "lookups": 1_000}
   p = make(profile, overflow_probability=1e-3, **cuts, batch_size=8_000)
-  touched = formulas.touch_probability(profile.frequencies(), 1_000)
+  touched = buffer_sizes.touch_probability(profile.frequencies(), 1_000)
   each = 1e-3 / (2 * 8 * 8)  # a tier, device and peer
-  assert p.capacity_warm == 1
+  capacity = lambda p, name: p.groups[0].tier(name).capacity
+  assert capacity(p, WARM) == 1
   owners = [touched[4 + k :: 8] for k in range(8)]
   means = [x.sum() for x in owners]
   spreads = [(x * (1 - x)).sum() for x in owners]
   for mean, spread in zip(means, spreads, strict=True):
-    assert p.capacity_cold >= formulas.capacity(mean, each, spread)
-  assert p.capacity_cold <= formulas.capacity(max(means) + 1, each) < 1_250
+    assert capacity(p, COLD) >= buffer_sizes.capacity(mean, each, spread)
+  most = buffer_sizes.capacity(max(means) + 1, each)
+  assert capacity(p, COLD) <= most < 1_250
   assert max(means) > touched[4:].sum() / 8 + 0.2
   loose = make(profile, overflow_probability=0.9, **cuts, batch_size=8_000)
-  assert loose.capacity_cold < p.capacity_cold
+  assert capacity(loose, COLD) < capacity(p, COLD)
 
 
 @pytest.mark.parametrize(
@@ -185,16 +199,17 @@ def test_planned_capacities_bound_every_owners_mean():
 )
 def test_explicit_cuts_are_kept(hot, warm, want):
   p = make(power_law(203), hot_rows=hot, warm_rows=warm)
-  assert (p.hot, p.warm_end) == want
+  assert tuple(np.cumsum(rows_of(p))[:2]) == want
 
 
 def test_one_explicit_cut_leaves_the_other_planned():
   row = 8 * 4 + 4
   tight = {"device_bytes": 5 * row}
   p = make(power_law(203), warm_rows=8, **tight)
-  assert p.warm == 8
-  assert p.hot <= 4
-  assert make(power_law(203), hot_rows=3, **tight).hot == 3
+  hot, warm, _ = rows_of(p)
+  assert warm == 8
+  assert hot <= 4
+  assert rows_of(make(power_law(203), hot_rows=3, **tight))[0] == 3
 
 
 # ---- Errors: which budget, by how much, and a way out that works
@@ -221,7 +236,7 @@ def test_too_many_hot_rows(fit, devices):
   assert "plan.device_memory_mb" in message
   most = int(re.search(r"at most (\d+) fit", message)[1])
   assert most == fit
-  assert make(profile, hot_rows=most, **tight).hot == most
+  assert rows_of(make(profile, hot_rows=most, **tight))[0] == most
 
 
 @settings(max_examples=50, deadline=None)
@@ -239,8 +254,8 @@ def test_too_many_warm_rows(fit, hot, devices):
   assert "plan.device_memory_mb" in message
   most = int(re.search(r"at most (\d+) fit", message)[1])
   p = make(profile, warm_rows=most, **tight)
-  assert p.warm == most
-  assert p.hot + p.warm_slots <= fit
+  assert rows_of(p)[1] == most
+  assert held_by_a_device(p) <= fit
   error_of(profile, warm_rows=most + 1, **tight)
 
 
@@ -275,7 +290,7 @@ def test_hosts_too_small(
   except UserError as e:
     message = str(e)
   else:
-    assert p.cold_slots * devices * 1_024 <= hosts * host_mb * MB
+    assert shard_of(p, COLD) * devices * 1_024 <= hosts * host_mb * MB
     return
   assert message.startswith("plan.host_memory_mb: ")
   assert "rows of 1024 bytes" in message
@@ -301,6 +316,6 @@ def test_plan_is_a_value():
   p = make(power_law(203), hot_rows=5, warm_rows=40)
   assert hash(p) == hash(Plan.from_json(p.to_json()))
   with pytest.raises(dataclasses.FrozenInstanceError):
-    p.hot = 1
-  other = dataclasses.replace(p, warm_end=p.warm_end + 1)
+    p.devices = 1
+  other = dataclasses.replace(p, batch_size=p.batch_size + 1)
   assert Plan.from_json(other.to_json()) == other != p

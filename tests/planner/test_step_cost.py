@@ -9,12 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from recjax import config
-from recjax.models import dlrm
-from recjax.planner import formulas, presets, step_cost
-from recjax.planner.step_cost import Dense, Load, Work
+from recjax.models.cost import DenseCost
+from recjax.models.dlrm import dot_interaction
+from recjax.planner import communication, presets, step_cost, traffic
+from recjax.planner.traffic import Part, StepShape, Traffic
 
-WORK = Work(
+SHAPE = StepShape(
   devices=8,
   batch_size=8_192,
   lookups=26,
@@ -22,33 +22,55 @@ WORK = Work(
   row_bytes=64,
   slot_bytes=4,
   wire_bytes=64,
-  dense=Dense(1_000, 2_000, 300),
+  dense=DenseCost(1_000, 2_000, 300),
 )
 
 
-@pytest.mark.parametrize("name", ["dlrm", "dcnv2"])
-@pytest.mark.parametrize("inputs", [13, 0])
-def test_the_dense_part_is_counted(name, inputs):
-  model = config.Model(name=name, cross_rank=8)
-  params, apply = dlrm.build(model, inputs, 5, 16, 0)
-  dense = step_cost.dense_model(
-    name, model.bottom, model.top, inputs, 5, 16, model.cross_layers, 8
-  )
-  size = sum(x.size for x in jax.tree.leaves(params))
-  assert dense.params == size
-  shapes = (np.zeros((1, inputs), np.float32), np.zeros((1, 5, 16), np.float32))
-  flops = jax.jit(apply).lower(params, *shapes).compile().cost_analysis()
-  assert dense.flops == pytest.approx(flops["flops"], rel=0.05)
+def seconds_of(shape, t, asked):
+  return step_cost.step_seconds([Part(shape, asked)], t)
+
+
+def sent_by(shape, asked):
+  return traffic.sent_bytes([Part(shape, asked)])
+
+
+def sent_between_nodes(shape, asked):
+  return traffic.network_bytes([Part(shape, asked)])
+
+
+BOTTOM, TOP = (13, 64, 32, 16), (16 + 36, 64, 32, 1)
+
+
+def dlrm(params, dense, activations):
+  """Two MLPs and all pairs of nine vectors, as models/dlrm.py has them."""
+
+  def mlp(layers, x):
+    for w, bias in layers[:-1]:
+      x = jax.nn.relu(x @ w + bias[None])
+    w, bias = layers[-1]
+    return x @ w + bias[None]
+
+  bottom = jax.nn.relu(mlp(params[0], dense))
+  vectors = jnp.concatenate([bottom[:, None], activations], axis=1)
+  pairs = dot_interaction(vectors)
+  return mlp(params[1], jnp.concatenate([bottom, pairs], axis=1))
 
 
 @pytest.mark.parametrize("batch", [128, 1_024])
 def test_the_dense_part_passes_over_what_xla_counts(batch):
-  model = config.Model(bottom=(64, 32), top=(64, 32))
-  params, apply = dlrm.build(model, 13, 8, 16, 0)
+  pairs = [p for widths in (BOTTOM, TOP) for p in itertools.pairwise(widths)]
+  products, outs = sum(a * b for a, b in pairs), sum(b for _, b in pairs)
+  dense = DenseCost(
+    products + outs, 2 * (products + 81 * 16), 9 * 16 + 81 + outs
+  )
+  params = [
+    [(np.zeros(x, "f4"), np.zeros(x[1], "f4")) for x in itertools.pairwise(w)]
+    for w in (BOTTOM, TOP)
+  ]
   optimizer = optax.adagrad(0.1)
 
   def step(params, state, dense, activations):
-    loss = lambda *x: jnp.sum(apply(x[0], dense, x[1]))
+    loss = lambda *x: jnp.sum(dlrm(x[0], dense, x[1]))
     grads, rows = jax.grad(loss, argnums=(0, 1))(params, activations)
     updates, state = optimizer.update(grads, state, params)
     return optax.apply_updates(params, updates), state, rows
@@ -58,20 +80,19 @@ def test_the_dense_part_passes_over_what_xla_counts(batch):
   counted = compiled.compile().cost_analysis()["bytes accessed"]
   # A machine whose products take no time, with a byte a second.
   t = dataclasses.replace(presets.cpu(1), stream=1.0, matmul_float32=1e30)
-  dense = step_cost.dense_model("dlrm", (64, 32), (64, 32), 13, 8, 16)
-  work = dataclasses.replace(
-    WORK, devices=1, batch_size=batch, lookups=8, dense=dense
+  shape = dataclasses.replace(
+    SHAPE, devices=1, batch_size=batch, lookups=8, dense=dense
   )
-  predicted = step_cost.step_seconds(work, t, Load())["dense"]
+  predicted = seconds_of(shape, t, Traffic())["dense"]
   assert predicted == pytest.approx(counted, rel=0.25)
 
 
 @pytest.mark.parametrize("name", ["cpu", "dgx_h200", "tpu_v6e"])
 @pytest.mark.parametrize("train", [True, False])
 def test_costs_rise_with_rows(name, train):
-  work = dataclasses.replace(WORK, train=train)
+  shape = dataclasses.replace(SHAPE, train=train)
   t = presets.get(name, 8)
-  cost = lambda *x: sum(step_cost.step_seconds(work, t, Load(*x)).values())
+  cost = lambda *x: sum(seconds_of(shape, t, Traffic(*x)).values())
   base = cost(0.0, 8.0, 8.0)
   assert cost(0.0, 8e3, 8.0) > base
   assert cost(0.0, 8.0, 8e3) > cost(0.0, 8e3, 8.0)  # the host is slower
@@ -82,19 +103,19 @@ def test_costs_rise_with_rows(name, train):
 
 def test_serving_needs_less():
   t = presets.get("dgx_h200", 8)
-  served = dataclasses.replace(WORK, train=False)
-  load = Load(100.0, 8e3, 8e3)
-  train, serve = (step_cost.step_seconds(w, t, load) for w in (WORK, served))
+  served = dataclasses.replace(SHAPE, train=False)
+  asked = Traffic(100.0, 8e3, 8e3)
+  train, serve = (seconds_of(w, t, asked) for w in (SHAPE, served))
   for term in train:
     assert serve[term] <= train[term]
   assert serve["all-reduce"] == serve["optimizer"] == 0
-  sent = step_cost.sent_bytes(served, load)
+  sent = sent_by(served, asked)
   assert sent["gradients"] == sent["hot gradients"] == 0
 
 
 def test_one_device_sends_only_to_its_host():
-  work = dataclasses.replace(WORK, devices=1)
-  sent = step_cost.sent_bytes(work, Load(10.0, 100.0, 100.0))
+  shape = dataclasses.replace(SHAPE, devices=1)
+  sent = sent_by(shape, Traffic(10.0, 100.0, 100.0))
   assert sent.pop("host") > 0
   assert set(sent.values()) == {0.0}
 
@@ -102,16 +123,16 @@ def test_one_device_sends_only_to_its_host():
 def test_arrays_and_numbers_agree():
   t = presets.get("dgx_h100", 8)
   hot, warm, cold = np.array([[0.0, 5, 9], [0, 8, 64], [16, 0, 8]])
-  work = dataclasses.replace(WORK, node_devices=4)
-  for gathered, far in itertools.product((None, hot / 2), (None, warm / 2)):
-    load = Load(hot, warm, cold, gathered, far, None, far is not None)
-    every = step_cost.step_seconds(work, t, load)
+  shape = dataclasses.replace(SHAPE, node_devices=4)
+  for gathered, inter in itertools.product((None, hot / 2), (None, warm / 2)):
+    asked = Traffic(hot, warm, cold, gathered, inter, None, inter is not None)
+    every = seconds_of(shape, t, asked)
     for i in range(3):
       one = {
         k: x if x is None or x is True or x is False else float(x[i])
-        for k, x in dataclasses.asdict(load).items()
+        for k, x in dataclasses.asdict(asked).items()
       }
-      one = step_cost.step_seconds(work, t, Load(**one))
+      one = seconds_of(shape, t, Traffic(**one))
       for term, seconds in every.items():
         got = np.broadcast_to(seconds, 3)[i]
         assert got == pytest.approx(one[term], rel=1e-12), term
@@ -119,56 +140,54 @@ def test_arrays_and_numbers_agree():
 
 def test_stages_send_what_the_formulas_say():
   """A row that each of g devices and their node touch with some chance."""
-  work = dataclasses.replace(WORK, node_devices=4)
+  shape = dataclasses.replace(SHAPE, node_devices=4)
   pi, pi_node = 100.0, 250.0  # of many rows together
-  w = work.wire_bytes
-  near, far = pi, pi_node / 4  # n C and N C_far
-  staged = Load(0.0, near, near, None, far, far)
-  two = sum(formulas.two_stage_bytes(2 * pi_node, w, 2, 4))
-  sent = step_cost.network_bytes(work, staged)
+  w = shape.wire_bytes
+  intra, inter = pi, pi_node / 4  # n C and N C_node
+  two_stage = Traffic(0.0, intra, intra, None, inter, inter)
+  two = sum(communication.two_stage_bytes(2 * pi_node, w, 2, 4))
+  sent = sent_between_nodes(shape, two_stage)
   assert sum(sent.values()) == pytest.approx(two)
-  within = sum(formulas.coalesced_bytes(2 * pi, w, 4))
-  total = step_cost.sent_bytes(work, staged)
+  within = sum(communication.coalesced_bytes(2 * pi, w, 4))
+  total = sent_by(shape, two_stage)
   total.pop("host")
   assert sum(total.values()) == pytest.approx(two + within)
   # Flat: half of the rows are the other node's.
-  flat = step_cost.network_bytes(work, Load(0.0, near))
+  flat = sent_between_nodes(shape, Traffic(0.0, intra))
   assert sum(flat.values()) == pytest.approx(pi * (2 * w + 4) / 2)
   # Copies: each node's sums go to every other node.
-  copies = Load(0.0, near, 0.0, None, 2 * far, None, True)
-  sent = step_cost.network_bytes(work, copies)
+  copies = Traffic(0.0, intra, 0.0, None, 2 * inter, None, True)
+  sent = sent_between_nodes(shape, copies)
   assert sum(sent.values()) == pytest.approx(pi_node / 4 * (w + 4))
-  serving = dataclasses.replace(work, train=False)
-  assert sum(step_cost.network_bytes(serving, copies).values()) == 0
+  serving = dataclasses.replace(shape, train=False)
+  assert sum(sent_between_nodes(serving, copies).values()) == 0
   # Replicas' gradients: of all, and of those touched.
-  hot = step_cost.network_bytes(work, Load(8.0))["hot gradients"]
+  hot = sent_between_nodes(shape, Traffic(8.0))["hot gradients"]
   assert hot == pytest.approx(2 * 8 * 4 * 17 / 2 / 4)
-  hot = step_cost.network_bytes(work, Load(8.0, gathered=3.0))["hot gradients"]
+  hot = sent_between_nodes(shape, Traffic(8.0, gathered=3.0))["hot gradients"]
   assert hot == pytest.approx(3 * (w + 4))
 
 
 @pytest.mark.parametrize("name", ["dgx_h200", "tpu_v5e"])
 def test_a_slow_network_asks_for_stages(name):
-  work = dataclasses.replace(WORK, node_devices=4, dense=Dense())
+  shape = dataclasses.replace(SHAPE, node_devices=4, dense=DenseCost())
   t = dataclasses.replace(presets.get(name, 8), node_devices=4)
-  flat = Load(0.0, 1e5)
-  staged = Load(0.0, 1e5, 0.0, None, 3e4, None)
-  copies = Load(0.0, 1e5, 0.0, None, 6e4, None, True)
-  for load in (flat, staged, copies):
+  flat = Traffic(0.0, 1e5)
+  two_stage = Traffic(0.0, 1e5, 0.0, None, 3e4, None)
+  copies = Traffic(0.0, 1e5, 0.0, None, 6e4, None, True)
+  for asked in (flat, two_stage, copies):
     slow, fast = (
       sum(
-        step_cost.step_seconds(
-          work, dataclasses.replace(t, network=rate), load
-        ).values()
+        seconds_of(shape, dataclasses.replace(t, network=rate), asked).values()
       )
       for rate in (1e9, 1e13)
     )
-    sent = sum(step_cost.network_bytes(work, load).values())
+    sent = sum(sent_between_nodes(shape, asked).values())
     assert slow - fast <= sent / 1e9 * (1 + 1e-9)
     assert slow > fast
   slow = dataclasses.replace(t, network=1e9)
   seconds = [
-    sum(step_cost.step_seconds(work, slow, x).values()) for x in (flat, staged)
+    sum(seconds_of(shape, slow, x).values()) for x in (flat, two_stage)
   ]
   assert seconds[1] < seconds[0]
 
@@ -176,19 +195,43 @@ def test_a_slow_network_asks_for_stages(name):
 def test_touched_rows_or_all_of_them():
   """Few touched replicas: share those; all of them touched: all-reduce."""
   t = presets.get("dgx_h200", 8)
-  cost = lambda g: sum(
-    step_cost.step_seconds(WORK, t, Load(1e6, 8e3, 0.0, g)).values()
-  )
+  cost = lambda g: sum(seconds_of(SHAPE, t, Traffic(1e6, 8e3, 0.0, g)).values())
   assert cost(1e3) < cost(None) < cost(1e6)
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_a_tier_that_has_rows_takes_its_operations(train):
-  work = dataclasses.replace(WORK, train=train)
+  shape = dataclasses.replace(SHAPE, train=train)
   t = dataclasses.replace(presets.cpu(8), launch=1.0, tier_latency=0.25)
   hot = np.array([0.0, 0.0, 9.0, 9.0])
   warm = np.array([0.0, 7.0, 0.0, 7.0])
   for cold in (0.0, 5.0):
     tiers = np.array([0, 1, 1, 2]) + (cold > 0)
-    launch = step_cost.step_seconds(work, t, Load(hot, warm, cold))["launch"]
+    launch = seconds_of(shape, t, Traffic(hot, warm, cold))["launch"]
     np.testing.assert_allclose(launch, 1 + tiers * (0.5 if train else 0.25))
+
+
+def test_groups_share_the_launch_and_the_latencies_of_requests():
+  """Bytes add up; the ids of a level are one message, the launch is one."""
+  t = presets.get("dgx_h200", 8)
+  narrow = dataclasses.replace(SHAPE, dim=4, row_bytes=16, wire_bytes=16)
+  parts = [
+    Part(SHAPE, Traffic(10.0, 800.0, 80.0)),
+    Part(
+      dataclasses.replace(narrow, dense=DenseCost()),
+      Traffic(0.0, 80.0, 800.0),
+    ),
+  ]
+  together, alone = step_cost.step_seconds(parts, t), 0.0
+  for part in parts:
+    alone += sum(step_cost.step_seconds([part], t).values())
+  once = t.launch + t.link_latency
+  assert sum(together.values()) == pytest.approx(alone - once)
+  further = sum(step_cost.further_seconds(parts[1], t).values())
+  first = sum(step_cost.step_seconds(parts[:1], t).values())
+  assert sum(together.values()) == pytest.approx(first + further)
+  ids = [m for m in traffic.messages(parts) if m.kind == "ids"]
+  assert [(m.level, m.size) for m in ids] == [("all", 4 * 1_760)]
+  for bytes_of in (traffic.sent_bytes, traffic.network_bytes):
+    each = [bytes_of([part]) for part in parts]
+    assert bytes_of(parts) == pytest.approx(traffic.total(each))

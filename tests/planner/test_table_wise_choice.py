@@ -1,21 +1,27 @@
-"""Pooled tables are those of least cost, and no owner's rows overflow."""
+"""Table-wise tables are those of least cost; no owner's rows overflow."""
 
 import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+from helpers_planner import HUGE, solved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recjax.frequency import Profile
 from recjax.plan import positions
-from recjax.plan.plan import Plan, describe
-from recjax.planner import formulas, frequency_buckets, presets, table_wise
-from recjax.planner import solve as solve_lib
+from recjax.plan.plan import COLD, HOT, WARM, Plan
+from recjax.planner import (
+  buffer_sizes,
+  choose_tables,
+  frequency_buckets,
+  presets,
+)
+from recjax.planner.describe import describe
 from recjax.planner.frequency_buckets import Table
-
-HUGE = 1 << 50
+from recjax.planner.problem import Cuts, make_problem
+from recjax.planner.table_wise import Placement
 
 
 def problem_of(s, devices=8, batch=512, **changes):
@@ -28,12 +34,12 @@ def problem_of(s, devices=8, batch=512, **changes):
     "slot_bytes": 4,
     "topology": presets.get("dgx_h200", devices),
   }
-  return solve_lib.make_problem(s, **(arguments | changes))
+  return make_problem(s, **(arguments | changes))
 
 
-def solve(problem, **changes):
-  arguments = {"hosts": 1, "device_bytes": HUGE, "host_bytes": HUGE}
-  return solve_lib.solve(problem, **(arguments | changes))
+def tables_of(plan) -> tuple[tuple[str, int], ...]:
+  """The table-wise tables of the plan's only group, and their owners."""
+  return plan.groups[0].table_wise
 
 
 # ---- The choice
@@ -73,52 +79,52 @@ def instances(draw):
 @given(instances())
 def test_no_other_set_of_tables_is_cheaper(instance):
   problem, extra = instance
-  rows, n = problem.spectrum.rows, problem.work.devices
+  rows, n = problem.profile.rows, problem.shape.devices
   most = int(-(-rows // n) * (1 + extra))
-  pooling = table_wise.Pooling(problem, 0, rows, "dense", most)
-  price = lambda tables: problem.evaluate(pooling.choice(tables).load)
-  able = table_wise.candidates(problem)
+  placement = Placement(problem, Cuts(0, rows), most)
+  price = lambda tables: problem.evaluate(placement.choice(tables).traffic)
+  able = choose_tables.candidates(problem)
   every = itertools.chain.from_iterable(
     itertools.combinations(able, k) for k in range(len(able) + 1)
   )
   least = min(map(price, every))
-  choice = table_wise.choose(pooling)
-  assert problem.evaluate(choice.load) <= least * (1 + 1e-9)
+  choice = choose_tables.choose(placement)
+  assert problem.evaluate(choice.traffic) <= least * (1 + 1e-9)
   assert set(choice.owner) <= set(able)
 
 
 @pytest.mark.parametrize("objective", ["time", "bytes"])
 def test_cuts_and_tables_fit_each_other(objective):
-  """Never worse than without pooled tables, or with any given ones."""
+  """Never worse than without table-wise tables, or with any given ones."""
   tables = (Table("a", 50_000, 60), Table("b", 9_000, 20), Table("c", 400, 1))
   s = frequency_buckets.power_law(tables, 1.05)
   slow = dataclasses.replace(presets.get("dgx_h200", 8), link=1e8, ring=1e8)
   problem = problem_of(s, objective=objective, topology=slow, dim=128)
-  chosen = solve(problem)
-  assert chosen.pooled
+  chosen = solved(problem)
+  assert tables_of(chosen)
   price = (
-    (lambda p: p.step_seconds)
+    (lambda p: p.prediction.step_seconds)
     if objective == "time"
     else (lambda p: p.bytes_per_sample)
   )
   for names in itertools.chain.from_iterable(
     itertools.combinations("ab", k) for k in range(3)
   ):
-    p = solve(problem, pooled=names)
-    assert {name for name, _ in p.pooled} == set(names)
+    p = solved(problem, table_wise=names)
+    assert {name for name, _ in tables_of(p)} == set(names)
     assert price(chosen) <= price(p) * (1 + 1e-9)
   assert Plan.from_json(chosen.to_json()) == chosen
-  for name, owner in chosen.pooled:
+  for name, owner in tables_of(chosen):
     assert f"{name} on {owner}" in describe(chosen)
 
 
-def test_one_device_and_one_hot_tables_pool_nothing():
+def test_one_device_and_one_hot_tables_have_none_table_wise():
   long = frequency_buckets.power_law((Table("a", 50_000, 60),), 1.05)
-  assert solve(problem_of(long, 1)).pooled == ()
+  assert tables_of(solved(problem_of(long, 1))) == ()
   short = frequency_buckets.power_law((Table("a", 50_000), Table("b", 9)), 1.05)
-  assert solve(problem_of(short, objective="bytes")).pooled == ()
+  assert tables_of(solved(problem_of(short, objective="bytes"))) == ()
   list_ = frequency_buckets.power_law((Table("a", 50_000, 60, bags=0),), 1.05)
-  assert solve(problem_of(list_, objective="bytes")).pooled == ()
+  assert tables_of(solved(problem_of(list_, objective="bytes"))) == ()
 
 
 def test_shards_grow_for_a_large_table_only_where_there_is_memory():
@@ -126,15 +132,20 @@ def test_shards_grow_for_a_large_table_only_where_there_is_memory():
   problem = problem_of(
     frequency_buckets.power_law(tables, 1.05), objective="bytes"
   )
-  roomy = solve(problem)
-  assert roomy.pooled and roomy.warm_slots >= 50_000
-  assert roomy.rows - roomy.spare == 100_000
+  roomy = solved(problem)
+  stored = problem.shape.stored_bytes
+  assert tables_of(roomy)
+  assert roomy.groups[0].tier(WARM).shard_rows >= 50_000
+  assert roomy.rows == 100_000
   fit = 20_000
-  tight = solve(problem, device_bytes=fit * problem.work.stored)
-  assert tight.spare > 0 and tight.hot + tight.warm_slots <= fit
-  least = 100_000 // 8 * problem.work.stored
-  none = solve(problem, device_bytes=least + 100)
-  assert none.cold > 0 and none.spare == 0
+  tight = solved(problem, device_bytes=fit * stored)
+  (group,) = tight.groups
+  held = group.rows_of(HOT) + group.tier(WARM).shard_rows
+  assert group.padding_rows > 0 and held <= fit
+  least = 100_000 // 8 * stored
+  none = solved(problem, device_bytes=least + 100)
+  assert none.groups[0].rows_of(COLD) > 0
+  assert none.groups[0].padding_rows == 0
   # What the owner cannot hold travels row by row.
   sent = [p.bytes_per_sample for p in (roomy, tight, none)]
   assert sent == sorted(sent) and sent[0] < sent[1]
@@ -157,7 +168,7 @@ def counted(hotness, rows=4_000, samples=3_000, seed=0):
 
 @pytest.mark.parametrize("devices", [2, 8])
 @pytest.mark.parametrize(
-  ("pooled", "cut", "memory"),
+  ("table_wise", "cut", "memory"),
   [
     (("t0",), (0, 4_000), HUGE),
     (("t0",), (0, 4_000), 700),
@@ -165,7 +176,7 @@ def counted(hotness, rows=4_000, samples=3_000, seed=0):
     (("t0", "t1", "t2"), (3, 3_997), 900),
   ],
 )
-def test_capacities_bound_every_owners_rows(devices, pooled, cut, memory):
+def test_capacities_bound_every_owners_rows(devices, table_wise, cut, memory):
   hotness = (9, 1, 4, 1)
   profile = counted(hotness)
   problem = problem_of(
@@ -173,26 +184,30 @@ def test_capacities_bound_every_owners_rows(devices, pooled, cut, memory):
     overflow_probability=1e-3,
   )  # fmt: skip
   fit = max(cut[0] + -(-(cut[1] - cut[0]) // devices) + 20, memory)
-  plan = solve(
+  plan = solved(
     problem,
-    device_bytes=fit * problem.work.stored,
+    device_bytes=fit * problem.shape.stored_bytes,
     hot_rows=cut[0],
     warm_rows=cut[1] - cut[0],
-    pooled=pooled,
+    table_wise=table_wise,
   )
-  where = positions.of(plan, profile)
+  (group,) = plan.groups
+  where = positions.of_groups(plan, profile)[group.name]
   ranks = np.arange(cut[0], cut[1])
-  owner = (where.positions_of(ranks) - plan.hot) % devices
+  owner = (where.positions_of(ranks) - cut[0]) % devices
   h = np.array(hotness)[profile.table[ranks]]
-  p = formulas.touch_probability(profile.counts[ranks] / profile.samples / h, h)
-  pi = formulas.touch_probability(p, 100)
-  owner_of = {profile.tables.index(t): o for t, o in plan.pooled}
+  p = buffer_sizes.touch_probability(
+    profile.counts[ranks] / profile.samples / h, h
+  )
+  pi = buffer_sizes.touch_probability(p, 100)
+  owner_of = {profile.tables.index(t): o for t, o in group.table_wise}
   home = np.array([owner_of.get(t, -1) for t in profile.table[ranks]])
   alone = owner != home
-  assert plan.reports[1].distinct == pytest.approx(pi[alone].sum(), rel=1e-3)
+  distinct = plan.report(group.name, WARM).distinct
+  assert distinct == pytest.approx(pi[alone].sum(), rel=1e-3)
   each, needed = 1e-3 / (2 * devices * devices), []
   for o in range(devices):
     mine = pi[alone & (owner == o)]
-    bound = formulas.capacity(mine.sum(), each, (mine * (1 - mine)).sum())
+    bound = buffer_sizes.capacity(mine.sum(), each, (mine * (1 - mine)).sum())
     needed.append(min(bound, len(mine)))
-  assert max(needed) <= plan.capacity_warm <= 1.1 * max(needed) + 8
+  assert max(needed) <= group.tier(WARM).capacity <= 1.1 * max(needed) + 8

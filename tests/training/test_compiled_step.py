@@ -1,142 +1,159 @@
 """What the compiled step holds, aliases and sends."""
 
-import dataclasses
 import re
 
-import jax
+import dense_reference as dense
+import helpers
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from test_step import (
-  BATCH,
-  BOTH,
-  COPIES,
-  DENSE,
-  DIM,
-  FEATURES,
-  OPTIMIZERS,
-  STAGES,
-  batches,
-  build,
-  make_plan,
+from helpers_step import big_group, check_in_place, compiled_step
+
+from recjax.plan.plan import Plan
+from recjax.planner import compiled_collectives
+from recjax.schema import DEVICE, Feature
+
+DIM = 8
+COPIES, STAGES = {"copies": True}, {"two_stage": True}
+BOTH = COPIES | STAGES
+
+
+def case_of(optimizer) -> dense.Case:
+  """One group, of three tables."""
+  part = dense.Part("g", ("a", "b", "c"), 203, DIM, optimizer)
+  return dense.Case((part,), tuple(Feature(x, x) for x in "abc"))
+
+
+# Of other dims and optimizers: 3 and 2 arrays a tier.
+TWO = dense.Case(
+  (
+    dense.Part("wide", ("a", "b"), 203, 16, "adam"),
+    dense.Part("row", ("c",), 151, 4, "rowwise_adagrad"),
+  ),
+  (Feature("a", "a", 2), Feature("c", "c", 3, "mean"), Feature("b", "b")),
 )
 
-from recjax.mesh import batch_sharding
-from recjax.planner import compiled_collectives, step_cost
-from recjax.planner.cut_points import FLAT
-from recjax.planner.step_cost import Load, Work
-from recjax.training import step as step_lib
 
-
-def big_plan(rows, tiers, devices=8, nodes=(0, FLAT)):
-  small = make_plan(devices, "mixed", 8, nodes=nodes)
-  cut = {"warm": (0, rows), "cold": (0, 0), "mixed": (64, rows // 2)}
-  hot, warm_end = cut[tiers]
-  return dataclasses.replace(
-    small,
-    rows=rows,
-    hot=hot,
-    warm_end=warm_end,
-    capacity_warm=8 if warm_end > hot else 0,
-    capacity_cold=8 if warm_end < rows else 0,
+def big_plan(case, rows, tiers, g=0, **kw) -> Plan:
+  """A plan of groups of so many rows for 8 devices, in nodes of g."""
+  groups = tuple(
+    big_group(8, rows, tiers, part, node_devices=g, **kw) for part in case.parts
   )
-
-
-def compiled_step(plan, optimizer):
-  """(the step over tables that are never created, their bytes a device)."""
-  small = make_plan(8, "hot", 1, nodes=(plan.node_devices, FLAT))
-  small, mesh, state = build(FEATURES["one_hot"], small, optimizer)
-  model = small._replace(plan=plan)
-  lowered, shapes = step_lib.lower(model, mesh, state.params, DENSE)
-  step, t = lowered.compile(), shapes.tables
-  shard = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return step, sum(map(shard, jax.tree.leaves(t)))
+  return Plan(8, dense.BATCH, groups, g)
 
 
 @pytest.mark.parametrize(
   ("tiers", "optimizer", "nodes"),
-  [("mixed", name, (0, FLAT)) for name in OPTIMIZERS]
-  + [("warm", "adam", (0, FLAT)), ("cold", "adam", (0, FLAT))]
-  + [("mixed", "adam", (4, BOTH))],
+  [
+    pytest.param("mixed", "sgd", {}, marks=pytest.mark.slow),
+    pytest.param("mixed", "rowwise_adagrad", {}, marks=pytest.mark.slow),
+    pytest.param("mixed", "adagrad", {}, marks=pytest.mark.slow),
+    ("mixed", "adam", {}),
+    pytest.param("warm", "adam", {}, marks=pytest.mark.slow),
+    pytest.param("cold", "adam", {}, marks=pytest.mark.slow),
+    pytest.param("mixed", "adam", {"g": 4, **BOTH}, marks=pytest.mark.slow),
+  ],
 )
 def test_tables_are_updated_in_place(tiers, optimizer, nodes):
-  plans = [big_plan(n, tiers, nodes=nodes) for n in (1_000_000, 64_000_000)]
-  steps = [compiled_step(plan, optimizer) for plan in plans]
-  small, large = (step.memory_analysis() for step, _ in steps)
-  size = steps[1][1]
-  aliased = large.alias_size_in_bytes + large.host_alias_size_in_bytes
-  assert aliased >= size
-  assert large.temp_size_in_bytes == small.temp_size_in_bytes
-  assert large.temp_size_in_bytes < 1 << 20
+  case = case_of(optimizer)
+  plans = [big_plan(case, n, tiers, **nodes) for n in (1_000_000, 64_000_000)]
+  check_in_place(case, plans)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("tiers", "nodes"), [("mixed", {}), ("mixed", {"g": 4, **BOTH})]
+)
+def test_tables_of_two_groups_are_updated_in_place(tiers, nodes):
+  plans = [big_plan(TWO, n, tiers, **nodes) for n in (1_000_000, 64_000_000)]
+  check_in_place(TWO, plans)
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(
+  strict=True,
+  reason="XLA:CPU scatters bfloat16 through a float32 copy of the whole shard",
+)
+def test_bfloat16_tables_are_updated_in_place():
+  part = TWO.parts[1]._replace(dtype="bfloat16")
+  case = dense.Case((part,), TWO.features[1:2])
+  plans = [big_plan(case, n, "mixed") for n in (1_000_000, 2_000_000)]
+  check_in_place(case, plans)
+
+
+def test_replicas_gathered_are_updated_in_place():
+  """Hot rows alone, as many as a device has: no copy of them is made."""
+  part = dense.Part("g", ("a", "b", "c"), 203, DIM, "adam")
+  plans = [
+    Plan(
+      8,
+      dense.BATCH,
+      (
+        helpers.make_group(
+          8,
+          hot=rows,
+          warm=0,
+          capacity=8,
+          hot_sync="all_gather",
+          **part._asdict() | {"rows": rows},
+        ),
+      ),
+    )
+    for rows in (1_000_000, 8_000_000)
+  ]
+  check_in_place(case_of("adam"), plans)
 
 
 # ---- What the compiled step sends
 
 
-@pytest.mark.parametrize("nodes", [(0, FLAT), (4, BOTH)])
+@pytest.mark.parametrize("nodes", [{}, {"g": 4, **BOTH}])
 def test_bfloat16_exchange_sends_two_bytes(nodes):
-  plan = make_plan(8, "mixed_sparse", 0, nodes=nodes)
-  model, mesh, state = build(
-    FEATURES["one_hot"], plan, "sgd", exchange_dtype=jnp.bfloat16
+  case = case_of("sgd")
+  plan = big_plan(
+    case, 203, "mixed", capacity=0, hot_sync="all_gather", **nodes
   )
-  batch = jax.device_put(
-    next(batches(FEATURES["one_hot"])), batch_sharding(mesh)
-  )
-  step = step_lib.make_train_step(model, mesh)
-  text = step.lower(state, batch).compile().as_text()
-  of = re.findall(r"= \(?(\w+)\[.*? (all-to-all|all-gather)\(", text)
+  step, _ = compiled_step(case, plan, wire_dtype=jnp.bfloat16)
+  of = re.findall(r"= \(?(\w+)\[.*? (all-to-all|all-gather)\(", step.as_text())
   assert {("u16", "all-to-all"), ("u16", "all-gather")} <= set(of)
   assert not {dtype for dtype, _ in of} & {"f32", "bf16"}
 
 
-@pytest.mark.parametrize(
-  ("g", "way"), [(0, FLAT), (4, COPIES), (4, STAGES), (2, BOTH)]
-)
-def test_buffers_on_the_wire_are_those_of_the_plan(g, way):
+def wanted_exchanges(plan):
+  """(kind, bytes, who takes part) of the exchanges of a round."""
+  g = plan.node_devices or 8
+  everyone, within, across = (
+    tuple(x) for x in (range(8), range(g), range(0, 8, g))
+  )
+  want, ids = [], {}
+  for group in plan.groups:
+    row = 4 * group.dim
+    for t in group.sharded:
+      far, nodes = t.node_capacity, 8 // g
+      peers, rows = within if far else everyone, t.owners * t.capacity
+      ids[peers] = ids.get(peers, 0) + rows
+      want += [("all-to-all", rows * row, peers)] * 2  # there and back
+      if far and t.axes != (DEVICE,):
+        ids[across] = ids.get(across, 0) + nodes * far
+        want += [("all-to-all", nodes * far * row, across)] * 2
+      elif far:
+        want += [("all-gather", far * x, across) for x in (4, row)]
+  # The ids of all groups and tiers go together.
+  return want + [("all-to-all", 4 * rows, peers) for peers, rows in ids.items()]
+
+
+WAYS = [(0, {}), (4, COPIES), (4, STAGES), (2, BOTH)]
+BUFFERS = {"capacity": (7, 5), "node_capacity": (9, 11)}
+
+
+@pytest.mark.parametrize(("g", "way"), WAYS)
+@pytest.mark.parametrize("case", [case_of("sgd"), TWO], ids=["one", "two"])
+def test_buffers_on_the_wire_are_those_of_the_plan(case, g, way):
   """Every exchange of a step, its operands and who takes part."""
-  plan = big_plan(1_000_000, "mixed", nodes=(g, way))
-  sizes = {"capacity_warm": 7, "capacity_cold": 5}
-  staged = way.exchange == "two_stage"
-  if staged or way.warm_copies == "node":
-    sizes["capacity_far_warm"] = 9
-  if staged:
-    sizes["capacity_far_cold"] = 11
-  plan = dataclasses.replace(plan, **sizes)
-  step = compiled_step(plan, "sgd")[0].as_text()
-  exchanged = [
-    c
-    for c in compiled_collectives.of_step(step, 8)
+  plan = big_plan(case, 1_000_000, "mixed", g, **BUFFERS, **way)
+  step, _ = compiled_step(case, plan, options=helpers.FAST)
+  found = [
+    (c.kind, c.operand_bytes, c.groups[0])
+    for c in compiled_collectives.of_step(step.as_text(), 8)
     if c.kind != "all-reduce" and not c.repeated
   ]
-  found = [(c.kind, c.operand_bytes, c.groups[0]) for c in exchanged]
-  everyone, g = tuple(range(8)), g or 8
-  within, across = tuple(range(g)), tuple(range(0, 8, g))
-  want = []
-
-  def trips(rows, peers, kinds=(4, 4 * DIM, 4 * DIM)):
-    want.extend(("all-to-all", rows * size, peers) for size in kinds)
-
-  for owners, c, far in (
-    (plan.warm_owners, 7, plan.capacity_far_warm),
-    (8, 5, plan.capacity_far_cold),
-  ):
-    trips(owners * c, within if far else everyone)
-    if far and owners == 8:
-      trips(8 // g * far, across)
-    elif far:
-      want.extend(("all-gather", far * x, across) for x in (4, 4 * DIM))
-  assert sorted(found) == sorted(want)
-  if g < 8:
-    work = Work(8, BATCH, 3, DIM, 0, 0, 4 * DIM, node_devices=g)
-    load = Load(
-      0.0,
-      plan.warm_owners * 7,
-      8 * 5,
-      0.0,
-      plan.capacity_far_warm * plan.nodes or None,
-      plan.capacity_far_cold * plan.nodes or None,
-      way.warm_copies == "node",
-    )
-    sent = step_cost.network_bytes(work, load)
-    far = sum(c.sent(8, g) for c in exchanged)
-    assert far == pytest.approx(sum(sent.values()))
+  assert sorted(found) == sorted(wanted_exchanges(plan))

@@ -1,26 +1,18 @@
 """Every placement, mesh and capacity equals one dense table on one device."""
 
-import functools
+import dataclasses
 import itertools
 
-import jax
+import dense_reference as dense
+import helpers
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from recjax.embedding import optimizers, tables
-from recjax.mesh import batch_sharding, make_mesh, replicated
 from recjax.plan.plan import Plan
-from recjax.planner.cut_points import FLAT, TRANSPORTS
 from recjax.schema import Feature
-from recjax.training import step as step_lib
 
-ROWS, DIM, BATCH, DENSE, STEPS = 203, 8, 32, 3, 20
-LEARNING_RATE = 0.1
-# Of the rows; such that 20 steps move them far under every optimizer.
-ROW_RATES = {"sgd": 20.0, "rowwise_adagrad": 0.1, "adagrad": 0.1, "adam": 0.1}
-
+ROWS = 203
 FEATURES = {
   "one_hot": (Feature("a", "a"), Feature("b", "b"), Feature("c", "c")),
   "multi_hot_mean": (
@@ -38,291 +30,167 @@ FEATURES = {
     Feature("c", "t", hotness=3, pooling="mean"),
   ),
 }
-# Large, so that rounding is not amplified: an adaptive optimizer with an eps of
-# 1e-8 turns a gradient of 1e-9, which is noise, into a step of its full rate.
-EPS = 1e-3
-OPTIMIZERS = {
-  name: functools.partial(make, ROW_RATES[name], **kw)
-  for (name, make), kw in zip(
-    optimizers.OPTIMIZERS.items(),
-    ({}, {"eps": EPS}, {"eps": EPS}, {"eps": EPS}),
-    strict=True,
-  )
-}
 # hot and warm rows of a plan; the rest is cold
 TIERS = {
   "hot": (ROWS, 0),
-  "hot_sparse": (ROWS, 0),
   "warm": (0, ROWS),
   "cold": (0, 0),
   "mixed": (10, 61),
-  "mixed_sparse": (10, 61),
+  "hot_gathered": (ROWS, 0),
+  "mixed_gathered": (10, 61),
 }
 
 
-def make_plan(
-  devices, tiers, capacity, batch=BATCH, dtype="float32", nodes=(0, FLAT)
-):
-  """nodes: (devices of each, transport)."""
-  hot, warm = TIERS[tiers]
-  enough = capacity or ROWS
-  node_devices, way = nodes
-  staged = way.exchange == "two_stage"
-  copies = way.warm_copies == "node"
-  return Plan(
-    devices=devices,
-    batch_size=batch,
-    rows=ROWS,
-    dim=DIM,
-    dtype=dtype,
-    hot=hot,
-    warm_end=hot + warm,
-    capacity_warm=enough if warm else 0,
-    capacity_cold=enough if hot + warm < ROWS else 0,
-    hot_sync="sparse" if "sparse" in tiers else "dense",
-    capacity_hot=enough if "sparse" in tiers else 0,
-    node_devices=node_devices,
-    exchange=way.exchange,
-    warm_copies=way.warm_copies,
-    capacity_far_warm=enough if warm and (staged or copies) else 0,
-    capacity_far_cold=enough if hot + warm < ROWS and staged else 0,
-  )
-
-
-def batches(features, steps=STEPS, seed=0):
-  """Power-law ids over each table's part of the ranks, interleaved."""
-  rng = np.random.default_rng(seed)
-  names = tuple(dict.fromkeys(f.table for f in features))
-  for _ in range(steps):
-    columns = []
-    for f in features:
-      ranks = np.arange(names.index(f.table), ROWS, len(names))
-      draw = np.minimum(rng.zipf(1.3, (BATCH, f.hotness)) - 1, len(ranks) - 1)
-      ids = ranks[draw]
-      length = rng.integers(0, f.hotness + 1, (BATCH, 1))
-      if f.hotness > 1:
-        ids = np.where(np.arange(f.hotness)[None] < length, ids, -1)
-      columns.append(ids)
-    ids = np.concatenate(columns, 1).astype(np.int32)
-    batch = {
-      "label": rng.integers(0, 2, BATCH).astype(np.float32),
-      "dense": rng.normal(size=(BATCH, DENSE)).astype(np.float32),
-      "ids": ids,
-    }
-    if any(f.weighted for f in features):
-      w = rng.uniform(0.5, 2, ids.shape)
-      batch["weights"] = w.astype(np.float32)
-    yield batch
-
-
-def apply(params, dense, activations):
-  x = jnp.concatenate([dense, activations.reshape(dense.shape[0], -1)], 1)
-  x = jnp.tanh(x @ params["w1"])
-  return (x @ params["w2"])[:, 0]
-
-
-def init_params(features):
-  width = DENSE + DIM * sum(f.activations for f in features)
-  rng = np.random.default_rng(1)
-  w = lambda a, b: (rng.normal(size=(a, b)) / np.sqrt(a)).astype(np.float32)
-  return {"w1": w(width, 16), "w2": w(16, 1)}
-
-
-# ---- The dense reference: its own lookup, its own optimizers
-
-
-def reference(features, optimizer, rows, params, dense_optimizer):
-  """Trains with jnp.take, autodiff through the table, whole-table updates."""
-
-  def forward(table, params, batch):
-    at, out = 0, []
-    for f in features:
-      ids = batch["ids"][:, at : at + f.hotness]
-      there = (ids >= 0).astype(jnp.float32)
-      got = jnp.take(table, jnp.maximum(ids, 0), axis=0)  # [b, h, d]
-      w = there
-      if f.weighted:
-        w = w * batch["weights"][:, at : at + f.hotness]
-      got = got * w[:, :, None]
-      if f.pooling == "none":
-        out.append(got)
-      else:
-        bag = jnp.sum(got, 1, keepdims=True)
-        if f.pooling == "mean":
-          total = jnp.sum(w, 1)[:, None, None]
-          bag = jnp.where(
-            total == 0, 0.0, bag / jnp.where(total == 0, 1, total)
-          )
-        out.append(bag)
-      at += f.hotness
-    logits = apply(params, batch["dense"], jnp.concatenate(out, 1))
-    y = batch["label"]
-    return jnp.mean(jnp.logaddexp(0.0, logits) - y * logits)
-
-  @jax.jit
-  def step(t, table, slots, params, opt_state, batch):
-    g, dense_grads = jax.grad(forward, argnums=(0, 1))(table, params, batch)
-    seen = jnp.zeros(ROWS).at[jnp.where(batch["ids"] < 0, ROWS, batch["ids"])]
-    seen = seen.add(1.0, mode="drop") > 0
-    if optimizer == "sgd":
-      new, new_slots = table - ROW_RATES[optimizer] * g, {}
-    elif optimizer == "adagrad":
-      acc = slots["acc"] + g**2
-      new = table - ROW_RATES[optimizer] * g / (jnp.sqrt(acc) + EPS)
-      new_slots = {"acc": acc}
-    elif optimizer == "rowwise_adagrad":
-      acc = slots["acc"] + (g**2).mean(1)
-      new = table - ROW_RATES[optimizer] * g / (jnp.sqrt(acc) + EPS)[:, None]
-      new_slots = {"acc": acc}
-    else:
-      m = 0.9 * slots["m"] + 0.1 * g
-      v = 0.999 * slots["v"] + 0.001 * g**2
-      hat = (m / (1 - 0.9**t)) / (jnp.sqrt(v / (1 - 0.999**t)) + EPS)
-      new, new_slots = table - ROW_RATES[optimizer] * hat, {"m": m, "v": v}
-    keep = lambda a, b: jnp.where(seen if a.ndim == 1 else seen[:, None], a, b)
-    updates, opt_state = dense_optimizer.update(dense_grads, opt_state, params)
-    return (
-      keep(new, table),
-      {k: keep(new_slots[k], slots[k]) for k in slots},
-      optax.apply_updates(params, updates),
-      opt_state,
-    )
-
-  shapes = {
-    "sgd": {},
-    "adagrad": {"acc": (ROWS, DIM)},
-    "rowwise_adagrad": {"acc": (ROWS,)},
-    "adam": {"m": (ROWS, DIM), "v": (ROWS, DIM)},
-  }[optimizer]
-  slots = {k: jnp.zeros(s) for k, s in shapes.items()}
-  opt_state = dense_optimizer.init(params)
-  table = jnp.asarray(rows)
-  for t, batch in enumerate(batches(features), 1):
-    table, slots, params, opt_state = step(
-      jnp.float32(t), table, slots, params, opt_state, batch
-    )
-  return table, slots, params
-
-
-# ---- The system
-
-
-def rank_order(t: tables.Tables, plan):
-  """Rows and slots as numpy, in rank order."""
-  parts = []
-  for tier, count in zip(t, (plan.hot, plan.warm, plan.cold), strict=True):
-    if tier is None:
-      continue
-    flat = lambda x, hot=tier is t.hot: np.asarray(
-      x if hot else x.reshape(-1, *x.shape[2:])
-    )
-    parts.append(jax.tree.map(lambda x, f=flat, c=count: f(x)[:c], tier))
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
-
-
-def build(features, plan, optimizer, exchange_dtype=jnp.float32):
-  mesh = make_mesh(plan.devices, plan.node_devices)
-  model = step_lib.Model(
-    apply=apply,
-    features=features,
-    dense_optimizer=optax.adagrad(LEARNING_RATE),
-    sparse_optimizer=OPTIMIZERS[optimizer](),
-    plan=plan,
-    exchange_dtype=exchange_dtype,
-    seed=0,
-  )
-  params = init_params(features)
-  params, opt_state, step = jax.device_put(
-    (params, model.dense_optimizer.init(params), np.int32(0)),
-    replicated(mesh),
-  )
-  t = tables.init(plan, model.sparse_optimizer, mesh, scale=0.5, seed=3)
-  return model, mesh, step_lib.TrainState(step, params, opt_state, t)
-
-
-# Compiled fast rather than well: these tests compile hundreds of steps.
-FAST = {"xla_backend_optimization_level": 0}
-
-
-def train(features, plan, optimizer, options=None, **kw):
-  """(rows before, state after, rounds of each step)."""
-  model, mesh, state = build(features, plan, optimizer, **kw)
-  first = rank_order(state.tables, plan).rows
-  step = step_lib.make_train_step(model, mesh)
-  compiled, rounds = None, []
-  for batch in batches(features):
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    if compiled is None:
-      compiled = step.lower(state, batch).compile(options)
-    state, metrics = compiled(state, batch)
-    rounds.append(int(metrics["rounds"]))
-  return first, state, rounds
-
-
-@functools.cache
-def wanted(kind, optimizer):
-  """The reference's rows, slots and parameters, and the rows it began with."""
+def case_of(kind, optimizer="sgd", dtype="float32") -> dense.Case:
+  """One group of all tables."""
   features = FEATURES[kind]
-  plan = make_plan(1, "warm", 0)
-  _, _, state = build(features, plan, optimizer)
-  first = rank_order(state.tables, plan).rows
-  params = init_params(features)
-  adagrad = optax.adagrad(LEARNING_RATE)
-  end = reference(features, optimizer, first, params, adagrad)
-  assert np.abs(np.asarray(end[0]) - first).max() > 0.1
-  return first, jax.device_get(end)
+  names = tuple(dict.fromkeys(f.table for f in features))
+  part = dense.Part("g", names, ROWS, 8, optimizer, dtype)
+  return dense.Case((part,), features)
 
 
-def assert_close(got, want):
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(
-      np.asarray(a), b, rtol=1e-5, atol=1e-5 * np.abs(b).max()
-    ),
-    got,
-    want,
+def plan_of(case, devices, tiers, capacity=0, **kw) -> Plan:
+  """All groups of a case in the same tiers."""
+  hot, warm = TIERS[tiers]
+  groups = tuple(
+    helpers.make_group(
+      devices,
+      hot=hot,
+      warm=warm,
+      capacity=capacity,
+      hot_sync="all_gather" if "gathered" in tiers else "all_reduce",
+      **part._asdict(),
+      **kw,
+    )
+    for part in case.parts
   )
+  return Plan(devices, dense.BATCH, groups, kw.get("node_devices", 0))
 
 
+# ---- Four optimizers at once: a group each, with features of another kind
+
+DIMS = (8, 4, 16, 8)
+LEFT_OUT = {
+  *((devices, "hot", "one_row") for devices in (1, 2, 8)),  # no row travels
+  (2, "hot_gathered", "planned"),
+  (2, "mixed_gathered", "one_row"),
+}
 CASES = [
-  *itertools.product((1, 2, 8), ("hot",), ("planned",), FEATURES, OPTIMIZERS),
-  *itertools.product(
-    (1, 2, 8),
-    ("warm", "cold", "mixed"),
-    ("planned", "one_row"),
-    FEATURES,
-    OPTIMIZERS,
-  ),
-  # Hot rows by another way, the rest as above.
-  *itertools.product(
-    (1, 8),
-    ("hot_sparse", "mixed_sparse"),
-    ("planned", "one_row"),
-    ("shared_table",),
-    OPTIMIZERS,
-  ),
+  case
+  for case in itertools.product((1, 2, 8), TIERS, ("planned", "one_row"))
+  if case not in LEFT_OUT
+]
+# The others: every mesh, tier and buffer is there, but not each with each.
+FAST_LANE = {
+  (1, "hot", "planned"),
+  (1, "mixed_gathered", "one_row"),
+  (2, "warm", "one_row"),
+  (2, "mixed", "planned"),
+  (8, "cold", "planned"),
+  (8, "mixed", "one_row"),
+  (8, "hot_gathered", "one_row"),
+}
+
+
+def kinds_of(devices, tiers, capacity) -> dict[str, str]:
+  """The kind of features of each optimizer's group in a case.
+
+  Together the cases of a tier pair each optimizer with each kind.
+  """
+  shift = {1: 0, 2: 1, 8: 3}[devices] + list(TIERS).index(tiers)
+  shift += 2 * (capacity == "one_row")
+  kinds = [*FEATURES, *FEATURES]
+  return {o: kinds[(i + shift) % 4] for i, o in enumerate(dense.OPTIMIZERS)}
+
+
+def case_of_four(kinds: dict[str, str]) -> dense.Case:
+  """A group an optimizer; tables and features are named after it."""
+  parts, features = [], []
+  for dim, (optimizer, kind) in zip(DIMS, kinds.items(), strict=True):
+    mine = [
+      dataclasses.replace(
+        f, name=f"{optimizer}_{f.name}", table=f"{optimizer}_{f.table}"
+      )
+      for f in FEATURES[kind]
+    ]
+    names = tuple(dict.fromkeys(f.table for f in mine))
+    parts.append(dense.Part(optimizer, names, ROWS, dim, optimizer))
+    features += mine
+  # Columns of the groups take turns.
+  features.sort(key=lambda f: f.name[::-1])
+  return dense.Case(tuple(parts), tuple(features))
+
+
+@pytest.mark.parametrize(
+  ("devices", "tiers", "capacity"),
+  [
+    pytest.param(*c, marks=[] if c in FAST_LANE else [pytest.mark.slow])
+    for c in CASES
+  ],
+)
+def test_equals_dense_tables(devices, tiers, capacity):
+  case = case_of_four(kinds_of(devices, tiers, capacity))
+  one_row = capacity == "one_row"
+  plan = plan_of(case, devices, tiers, int(one_row))
+  state = dense.check(case, plan, overflows=one_row)
+  helpers.check_copies(state.tables)
+
+
+def test_the_cases_pair_all_that_may_differ():
+  """And each tier with each pair of an optimizer and a kind."""
+  runs = [
+    (*c, optimizer, kind)
+    for c in CASES
+    for optimizer, kind in kinds_of(*c).items()
+  ]
+  values = [sorted(set(x), key=str) for x in zip(*runs, strict=True)]
+  assert [len(x) for x in values] == [3, 6, 2, 4, 4]
+  for i, j in itertools.combinations(range(5), 2):
+    seen = {(r[i], r[j]) for r in runs}
+    wanted = set(itertools.product(values[i], values[j]))
+    assert wanted - seen <= {("hot", "one_row")}
+  for tiers in set(TIERS) - {"hot"}:
+    assert len({r[3:] for r in runs if r[1] == tiers}) == 16
+
+
+# One group: its columns and ids are the batch's, as they are.
+ALONE = [
+  (8, "mixed", "planned", "one_hot", "rowwise_adagrad"),
+  (8, "mixed", "one_row", "multi_hot_mean", "adam"),
+  (2, "warm", "one_row", "weighted", "adagrad"),
+  (1, "cold", "planned", "shared_table", "sgd"),
 ]
 
 
 @pytest.mark.parametrize(
-  ("devices", "tiers", "capacity", "kind", "optimizer"), CASES
+  ("devices", "tiers", "capacity", "kind", "optimizer"), ALONE
 )
-def test_equals_one_dense_table(devices, tiers, capacity, kind, optimizer):
-  plan = make_plan(devices, tiers, 1 if capacity == "one_row" else 0)
-  first, state, rounds = train(FEATURES[kind], plan, optimizer, FAST)
-  want_first, (rows, slots, params) = wanted(kind, optimizer)
-  np.testing.assert_array_equal(first, want_first)
-  got = rank_order(state.tables, plan)
-  assert_close((got.rows, got.slots, state.params), (rows, slots, params))
-  assert (max(rounds) > 1) == (capacity == "one_row")
+def test_one_group_equals_one_dense_table(
+  devices, tiers, capacity, kind, optimizer
+):
+  case, one_row = case_of(kind, optimizer), capacity == "one_row"
+  plan = plan_of(case, devices, tiers, int(one_row))
+  dense.check(case, plan, overflows=one_row)
 
 
-COPIES, STAGES, BOTH = TRANSPORTS[1:]
-# Devices of a node, and the buffers' rows (0: enough for all).
+@pytest.mark.slow
+def test_compiled_as_users_do_it_equals_dense_tables():
+  """The cases above are compiled without most optimizations."""
+  case = case_of_four(kinds_of(8, "mixed", "one_row"))
+  plan = plan_of(case, 8, "mixed", 1)
+  dense.check(case, plan, overflows=True, options=helpers.OPTIMIZED)
+
+
+# ---- Several nodes
+
+# Devices of a node, transport, and the buffers' rows (0: enough for all).
+COPIES, STAGES = {"copies": True}, {"two_stage": True}
+BOTH = COPIES | STAGES
 NODES = [
   (4, COPIES, "mixed", 0, "adam"),
   (4, STAGES, "mixed", 0, "adagrad"),
   (4, STAGES, "mixed", 1, "adam"),
-  (4, BOTH, "mixed_sparse", 1, "rowwise_adagrad"),
+  (4, BOTH, "mixed_gathered", 1, "rowwise_adagrad"),
   (2, COPIES, "warm", 1, "adam"),
   (2, BOTH, "mixed", 2, "adagrad"),
 ]
@@ -332,52 +200,39 @@ NODES = [
 def test_several_nodes_equal_one_dense_table(
   g, way, tiers, capacity, optimizer
 ):
-  kind = "shared_table"
-  plan = make_plan(8, tiers, capacity, nodes=(g, way))
-  first, state, rounds = train(FEATURES[kind], plan, optimizer, FAST)
-  want_first, (rows, slots, params) = wanted(kind, optimizer)
-  np.testing.assert_array_equal(first, want_first)
-  got = rank_order(state.tables, plan)
-  assert_close((got.rows, got.slots, state.params), (rows, slots, params))
-  assert (max(rounds) > 1) == (capacity > 0)
-  check_copies(state)
+  case = case_of("shared_table", optimizer)
+  plan = plan_of(case, 8, tiers, capacity, node_devices=g, **way)
+  state = dense.check(case, plan, overflows=capacity > 0)
+  helpers.check_copies(state.tables)
 
 
-def check_copies(state):
-  """All replicas of an array are the same, bit by bit."""
-  for x in jax.tree.leaves(state.tables):
-    by_part = {}
-    for shard in x.addressable_shards:
-      by_part.setdefault(str(shard.index), []).append(np.asarray(shard.data))
-    for first, *others in by_part.values():
-      for other in others:
-        np.testing.assert_array_equal(first, other)
+# ---- Fewer bits
 
 
-@pytest.mark.parametrize("nodes", [(0, FLAT), (2, BOTH)])
+@pytest.mark.parametrize("nodes", [{}, {"node_devices": 2, **BOTH}])
 def test_bfloat16_exchange_stays_close(nodes):
-  plan = make_plan(8, "mixed", 0, nodes=nodes)
-  _, state, _ = train(
-    FEATURES["one_hot"], plan, "sgd", exchange_dtype=jnp.bfloat16
-  )
-  _, (rows, _, _) = wanted("one_hot", "sgd")
-  got = rank_order(state.tables, plan).rows
+  case = case_of("one_hot")
+  plan = plan_of(case, 8, "mixed", **nodes)
+  _, state, _ = dense.train(case, plan, wire_dtype=jnp.bfloat16)
+  rows = dense.wanted(case)[1][0]["g"][0]
+  got = helpers.in_rank_order(state.tables, plan)["g"].rows
   assert not np.array_equal(got, rows)
   np.testing.assert_allclose(got, rows, atol=2e-2)
-  check_copies(state)
+  helpers.check_copies(state.tables)
 
 
 @pytest.mark.parametrize("tiers", ["hot", "warm", "cold", "copies"])
 def test_bfloat16_rows_are_the_same_on_every_mesh_and_near_float32(tiers):
   got = []
-  nodes = (4, BOTH) if tiers == "copies" else (0, FLAT)
+  nodes = {"node_devices": 4, **BOTH} if tiers == "copies" else {}
   tiers = "warm" if tiers == "copies" else tiers
+  case = case_of("one_hot", dtype="bfloat16")
   for devices in (1, 8):
-    of = nodes if devices > 1 else (0, FLAT)
-    plan = make_plan(devices, tiers, 0, dtype="bfloat16", nodes=of)
-    _, state, _ = train(FEATURES["one_hot"], plan, "sgd")
-    got.append(rank_order(state.tables, plan).rows.astype(np.float32))
+    plan = plan_of(case, devices, tiers, **(nodes if devices > 1 else {}))
+    _, state, _ = dense.train(case, plan)
+    rows = helpers.in_rank_order(state.tables, plan)["g"].rows
+    got.append(rows.astype(np.float32))
   # A rare sum on a rounding edge may fall to the other side.
   assert np.mean(got[0] != got[1]) < 0.01
-  _, (rows, _, _) = wanted("one_hot", "sgd")
+  rows = dense.wanted(case_of("one_hot"))[1][0]["g"][0]
   np.testing.assert_allclose(got[0], rows, atol=3e-2)

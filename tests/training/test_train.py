@@ -1,7 +1,6 @@
 """The whole job as a user runs it: resumed, killed, fed with bad input."""
 
 import importlib.util
-import json
 import os
 import pathlib
 import random
@@ -12,11 +11,12 @@ import time
 
 import numpy as np
 import pytest
+from helpers import lines, quiet
 
 from recjax import config as config_lib
+from recjax import jobs
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
-from recjax.training import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -41,23 +41,13 @@ def small_config(tmp_path) -> config_lib.Config:
   return c
 
 
-def quiet(line):
-  del line
-
-
-def lines(workdir, split):
-  with open(workdir / "metrics.jsonl", encoding="utf-8") as f:
-    found = [json.loads(line) for line in f]
-  return [line for line in found if line["split"] == split]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
   """(config, workdir, final metrics, all that was printed) of one run."""
   workdir = tmp_path_factory.mktemp("run")
   config = small_config(workdir)
   printed = []
-  result = train.train(config, workdir, printed.append)
+  result = jobs.train(config, workdir, printed.append)
   return config, workdir, result, printed
 
 
@@ -94,33 +84,33 @@ def test_padding_of_the_last_test_batch_does_not_count(trained):
   assert result["samples"] == 2_000
   config = small_config(workdir)
   config.train.batch_size = 2_000  # and this one is not
-  whole = train.evaluate_checkpoint(config, workdir, quiet)
+  whole = jobs.evaluate(config, workdir, quiet)
   for name in result:
     np.testing.assert_allclose(whole[name], result[name], atol=1e-6)
 
 
-def test_tables_may_be_pooled_and_then_no_longer(tmp_path):
+def test_tables_may_be_table_wise_and_then_no_longer(tmp_path):
   """What training wrote to an owner's rows is read where they are else."""
   config = small_config(tmp_path)
   config.mesh.devices = 2
   config.data.synthetic.samples = 4_000
   config.data.synthetic.hotness = (*[1, 1, 6], *[1] * 8, 3, *[1] * 14)
   config.data.pooling = "mean"
-  config.plan.pooled = "C3,C12"
+  config.plan.table_wise = "C3,C12"
   config.train.steps = 8
   printed = []
-  pooled = train.train(config, tmp_path, printed.append)
-  assert "pooled at their owners: C3 on" in "\n".join(printed)
-  config.plan.pooled = "none"
+  pooled = jobs.train(config, tmp_path, printed.append)
+  assert "pooled by their owners: C3 on" in "\n".join(printed)
+  config.plan.table_wise = "none"
   config.plan.hot_rows = 50
-  plain = train.evaluate_checkpoint(config, tmp_path, quiet)
+  plain = jobs.evaluate(config, tmp_path, quiet)
   assert plain["log_loss"] == pytest.approx(pooled["log_loss"], abs=1e-6)
 
 
 def test_run_again_it_only_evaluates(trained):
   config, workdir, result, _ = trained
   before = lines(workdir, "train")
-  assert train.train(config, workdir, quiet) == result
+  assert jobs.train(config, workdir, quiet) == result
   assert lines(workdir, "train") == before
 
 
@@ -130,25 +120,29 @@ def test_evaluates_on_one_device_with_every_row_cold(trained):
   config.mesh.devices = 1
   config.plan.hot_rows = config.plan.warm_rows = 0
   trained_with = (workdir / "plan.json").read_text()
-  got = train.evaluate_checkpoint(config, workdir, quiet)
+  got = jobs.evaluate(config, workdir, quiet)
   for name in result:
     np.testing.assert_allclose(got[name], result[name], atol=1e-6)
   # Planned without gradients and slots, beside the plan of the training.
   assert (workdir / "plan.json").read_text() == trained_with
   plan = Plan.from_json((workdir / "serving_plan.json").read_text())
-  assert dict(plan.memory)["slots"] == dict(plan.sent)["gradients"] == 0
-  assert plan.reports[2].bytes == plan.cold_slots * 4 * plan.dim
+  predicted, (group,) = plan.prediction, plan.groups
+  assert dict(predicted.memory)["slot variables"] == 0
+  assert dict(predicted.sent)["gradients"] == 0
+  cold = group.tier("cold")
+  of_cold = plan.report(group.name, "cold")
+  assert of_cold.bytes == cold.shard_rows * cold.owners * 4 * group.dim
 
 
 def test_evaluates_an_older_checkpoint(trained):
   config, workdir, result, _ = trained
   config = small_config(workdir)
   config.checkpoint.step = 60
-  got = train.evaluate_checkpoint(config, workdir, quiet)
+  got = jobs.evaluate(config, workdir, quiet)
   assert got["auc"] != result["auc"]
   config.checkpoint.step = 61
   with pytest.raises(UserError, match=r"checkpoint\.step: .*61.*\[60, "):
-    train.evaluate_checkpoint(config, workdir, quiet)
+    jobs.evaluate(config, workdir, quiet)
 
 
 # ---- Killed and resumed
@@ -226,7 +220,7 @@ def test_killed_ten_times_it_ends_with_the_same_metrics(tmp_path):
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
   config = small_config(tmp_path)
   config.train.steps = 20
-  train.train(config, tmp_path, quiet)
+  jobs.train(config, tmp_path, quiet)
   config.train.steps = 60
   config.train.optimizer = "adagrad"
   config.embedding.learning_rate = 1e30
@@ -234,12 +228,12 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
   with pytest.raises(
     UserError, match=r"the loss is .* at step 2\d; checkp.* 20"
   ):
-    train.train(config, tmp_path, quiet)
+    jobs.train(config, tmp_path, quiet)
   kept = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
   assert kept == ["20"]
   config = small_config(tmp_path)
   config.train.steps = 30  # goes on from there
-  assert np.isfinite(train.train(config, tmp_path, quiet)["loss"])
+  assert np.isfinite(jobs.train(config, tmp_path, quiet)["loss"])
 
 
 def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
@@ -252,7 +246,7 @@ def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
       setattr(getattr(config, group), field, value)
     before = sorted(p for p in workdir.rglob("*") if "checkpoints" in str(p))
     with pytest.raises(UserError, match=pattern):
-      train.train(config, workdir, quiet)
+      jobs.train(config, workdir, quiet)
     after = sorted(p for p in workdir.rglob("*") if "checkpoints" in str(p))
     assert before == after
 
@@ -286,7 +280,7 @@ def test_criteo_kaggle_reaches_its_auc(tmp_path):
   config.data.train = str(CRITEO)
   config.data.test_fraction = 0.2
   config.mesh.devices = 1
-  result = train.train(config, tmp_path, quiet)
+  result = jobs.train(config, tmp_path, quiet)
   assert result["samples"] == 16_000
   assert result["auc"] >= 0.765
   assert result["log_loss"] < 0.445
@@ -296,4 +290,4 @@ def test_a_plan_for_serving_cannot_train(tmp_path):
   config = small_config(tmp_path)
   config.plan.serving = True
   with pytest.raises(UserError, match=r"plan\.serving: .*--mode=plan"):
-    train.train(config, tmp_path, quiet)
+    jobs.train(config, tmp_path, quiet)

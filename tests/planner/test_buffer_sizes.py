@@ -7,16 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recjax.planner import formulas, presets
+from recjax.planner import buffer_sizes, communication, presets
 
 probabilities = st.floats(0, 1, allow_nan=False)
 
 
 def test_touch_probability_closed_forms():
   p = np.array([0.0, 1.0, 0.5, 1e-12])
-  np.testing.assert_allclose(formulas.touch_probability(p, 1), p, rtol=1e-12)
+  np.testing.assert_allclose(
+    buffer_sizes.touch_probability(p, 1), p, rtol=1e-12
+  )
   # (1 - 1e-12)^1e6 loses all digits of 1 - x in float64; the formula none.
-  got = formulas.touch_probability(p, 1_000_000)
+  got = buffer_sizes.touch_probability(p, 1_000_000)
   np.testing.assert_allclose(got, [0, 1, 1, 1e-6 - 5e-13], rtol=1e-12)
 
 
@@ -29,9 +31,9 @@ def test_touch_probability_closed_forms():
 def test_touch_probability_of_independent_samples(p, m, k):
   """Missed by m + k samples = missed by m, and by k others."""
   p = np.array(p)
-  missed = lambda m: 1 - formulas.touch_probability(p, m)
+  missed = lambda m: 1 - buffer_sizes.touch_probability(p, m)
   np.testing.assert_allclose(missed(m + k), missed(m) * missed(k), atol=1e-12)
-  assert np.all(formulas.touch_probability(p, m) >= p - 1e-15)
+  assert np.all(buffer_sizes.touch_probability(p, m) >= p - 1e-15)
 
 
 def test_touch_probability_is_what_samples_do():
@@ -39,7 +41,7 @@ def test_touch_probability_is_what_samples_do():
   p = np.array([0.001, 0.01, 0.05, 0.2, 0.9])
   trials, samples = 20_000, 16
   touched = (rng.binomial(samples, p, (trials, len(p))) > 0).mean(0)
-  want = formulas.touch_probability(p, samples)
+  want = buffer_sizes.touch_probability(p, samples)
   deviation = np.sqrt(want * (1 - want) / trials)
   assert np.all(np.abs(touched - want) <= 5 * deviation)
 
@@ -54,10 +56,10 @@ def test_touch_probability_is_what_samples_do():
 def test_capacity_is_monotone(mean, more, probability, other):
   mean, more = sorted((mean, more))
   probability, other = sorted((probability, other))
-  at = formulas.capacity(mean, probability)
+  at = buffer_sizes.capacity(mean, probability)
   assert at >= mean
-  assert at <= formulas.capacity(more, probability)
-  assert at >= formulas.capacity(mean, other)
+  assert at <= buffer_sizes.capacity(more, probability)
+  assert at >= buffer_sizes.capacity(mean, other)
   assert isinstance(at, int)
 
 
@@ -65,7 +67,7 @@ def test_capacity_is_monotone(mean, more, probability, other):
 @given(st.floats(0, 1e6), st.floats(1e-12, 0.5))
 def test_capacity_is_bernsteins_bound_and_no_larger(mean, probability):
   bound = lambda t: math.exp(-t * t / (2 * (mean + t / 3)))
-  t = formulas.capacity(mean, probability) - mean
+  t = buffer_sizes.capacity(mean, probability) - mean
   assert bound(t) <= probability * (1 + 1e-6)
   if t > 2:
     assert bound(t - 1.001) > probability * (1 - 1e-6)
@@ -79,7 +81,7 @@ def test_simulated_overflows_stay_below_the_bound(rows, probability):
   trials = 4_000
   p = rng.beta(0.3, 2.0, rows)
   sums = (rng.random((trials, rows)) < p).sum(1)
-  over = sums > formulas.capacity(p.sum(), probability)
+  over = sums > buffer_sizes.capacity(p.sum(), probability)
   assert over.mean() <= probability
 
   p = np.arange(1, rows + 1) ** -1.1
@@ -88,9 +90,11 @@ def test_simulated_overflows_stay_below_the_bound(rows, probability):
   ids = rng.choice(rows, (trials, samples), p=p)
   ids.sort(1)
   distinct = 1 + (np.diff(ids, axis=1) != 0).sum(1)
-  mean = formulas.touch_probability(p, samples).sum()
+  mean = buffer_sizes.touch_probability(p, samples).sum()
   assert abs(distinct.mean() - mean) <= 0.1
-  assert (distinct > formulas.capacity(mean, probability)).mean() <= probability
+  assert (
+    distinct > buffer_sizes.capacity(mean, probability)
+  ).mean() <= probability
 
 
 @settings(max_examples=25, deadline=None)
@@ -100,7 +104,7 @@ def test_random_sums_of_bernoullis_stay_below_the_bound(seed, probability):
   p = rng.random(rng.integers(1, 60)) ** rng.integers(1, 6)
   trials = 2_000
   sums = (rng.random((trials, len(p))) < p).sum(1)
-  over = (sums > formulas.capacity(p.sum(), probability)).mean()
+  over = (sums > buffer_sizes.capacity(p.sum(), probability)).mean()
   deviation = math.sqrt(probability * (1 - probability) / trials)
   assert over <= probability + 5 * deviation
 
@@ -112,8 +116,8 @@ def test_hundred_thousand_batches_never_pass_the_bound():
   rows, samples, n = 400, 48, 4
   p = np.arange(1, rows + 1) ** -1.1
   edges = np.cumsum(p / p.sum())
-  pi = formulas.touch_probability(p / p.sum(), samples)[::n]
-  mean, variance = pi.sum(), formulas.variance_bound(pi)
+  pi = buffer_sizes.touch_probability(p / p.sum(), samples)[::n]
+  mean, variance = pi.sum(), buffer_sizes.variance_bound(pi)
   counts = np.zeros(rows, np.int64)
   for _ in range(10):
     ids = np.searchsorted(edges, rng.random((10_000, samples)))
@@ -124,10 +128,10 @@ def test_hundred_thousand_batches_never_pass_the_bound():
   assert abs(found / mean - 1) < 5e-3
   assert counts @ (np.arange(rows) - found) ** 2 / 1e5 <= variance * 1.01
   for chance in (0.5, 0.1, 1e-2, 1e-3, 1e-4):
-    capacity = formulas.capacity(mean, chance, variance)
+    capacity = buffer_sizes.capacity(mean, chance, variance)
     assert counts[capacity + 1 :].sum() / 1e5 <= chance
-    assert formulas.overflow_bound(mean, capacity, variance) <= chance
-    assert capacity <= formulas.capacity(mean, chance)
+    assert buffer_sizes.overflow_bound(mean, capacity, variance) <= chance
+    assert capacity <= buffer_sizes.capacity(mean, chance)
 
 
 # ---- Bytes of a placement
@@ -158,16 +162,18 @@ def test_bytes_are_those_of_simulated_exchanges():
     for k, there in enumerate(nodes):
       found["two"] += (there % 4 // 2 != k).sum() * (2 * w + 4) / n
     found["host"] += len(np.unique(ids)) * (2 * w + 4) / n
-  p = formulas.bag_probability(r, h)
-  pi = formulas.touch_probability(p, b)
+  p = buffer_sizes.bag_probability(r, h)
+  pi = buffer_sizes.touch_probability(p, b)
   want = {
-    "plain": formulas.uncoalesced_bytes(p, b, w, n),
-    "once": formulas.coalesced_bytes(pi, w, n),
-    "two": formulas.two_stage_bytes(
-      formulas.touch_probability(p, 2 * b), w, 2, 2
+    "plain": communication.uncoalesced_bytes(p, b, w, n),
+    "once": communication.coalesced_bytes(pi, w, n),
+    "two": communication.two_stage_bytes(
+      buffer_sizes.touch_probability(p, 2 * b), w, 2, 2
     ),
-    "gathered": formulas.gathered_bytes(pi, w, n),
-    "host": formulas.host_bytes(formulas.touch_probability(p, n * b), w, 0, n),
+    "gathered": communication.gathered_bytes(pi, w, n),
+    "host": communication.host_bytes(
+      buffer_sizes.touch_probability(p, n * b), w, 0, n
+    ),
   }
   for name, (forward, backward) in want.items():
     total = float(np.sum(forward) + np.sum(backward))
@@ -183,17 +189,19 @@ def test_bytes_are_those_of_simulated_exchanges():
 )
 def test_which_placement_sends_least(p, b, n, w):
   """What the design says of the table of placements."""
-  pi = float(formulas.touch_probability(np.array([p]), b)[0])
-  once = sum(formulas.coalesced_bytes(pi, w, n))
-  assert once <= sum(formulas.uncoalesced_bytes(p, b, w, n)) * (1 + 1e-9)
+  pi = float(buffer_sizes.touch_probability(np.array([p]), b)[0])
+  once = sum(communication.coalesced_bytes(pi, w, n))
+  assert once <= sum(communication.uncoalesced_bytes(p, b, w, n)) * (1 + 1e-9)
   # Replicas never save bytes against a coalesced exchange, but for the ids.
-  assert sum(formulas.all_reduced_bytes(w, n)) >= once - 4 * (n - 1) / n - 1e-9
-  # Long bags that share no rows: pooled at the owner.
+  assert (
+    sum(communication.all_reduced_bytes(w, n)) >= once - 4 * (n - 1) / n - 1e-9
+  )
+  # Long bags that share no rows: pooled by the owner.
   h = 100
-  pooled = sum(formulas.pooled_bytes(1.0, b, h, w, n))
-  assert pooled <= sum(formulas.uncoalesced_bytes(1.0, b, w, n)) * h
-  split = sum(formulas.pooled_bytes(1.0, b, h, w, n, owners=4))
-  assert pooled < split <= 4 * pooled
+  whole = sum(communication.table_wise_bytes(1.0, b, h, w, n))
+  assert whole <= sum(communication.uncoalesced_bytes(1.0, b, w, n)) * h
+  split = sum(communication.table_wise_bytes(1.0, b, h, w, n, owners=4))
+  assert whole < split <= 4 * whole
 
 
 # ---- Seconds of a collective
@@ -202,9 +210,9 @@ def test_which_placement_sends_least(p, b, n, w):
 @pytest.mark.parametrize(
   "seconds",
   [
-    formulas.all_to_all_seconds,
-    formulas.all_reduce_seconds,
-    formulas.all_gather_seconds,
+    communication.all_to_all_seconds,
+    communication.all_reduce_seconds,
+    communication.all_gather_seconds,
   ],
 )
 @pytest.mark.parametrize("name", ["dgx_h100", "tpu_v5e", "tpu_v5p"])
@@ -225,5 +233,5 @@ def test_collectives(seconds, name):
 def test_a_torus_is_bound_by_its_bisection():
   """v5e's page: 1.6 TB/s for a pod of 256, half of half the bytes cross."""
   t = presets.PRESETS["tpu_v5e"]
-  seconds = formulas.all_to_all_seconds(1e9, 256, t) - t.link_latency
+  seconds = communication.all_to_all_seconds(1e9, 256, t) - t.link_latency
   assert seconds == pytest.approx(256 / 4 * 1e9 / (0.75 * 1.6e12), rel=1e-6)

@@ -1,0 +1,122 @@
+"""The command line: flags, and the mode that they pick.
+
+`python main.py` and the installed command `recjax` both run this.
+"""
+
+import pathlib
+import re
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from recjax import config_check, malloc
+from recjax.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", help_string="A config file, or the name of one of recjax's own."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Holds all that a run makes [runs/<config name>]."
+)
+_MODES = ["train", "prepare", "plan", "evaluate"]
+_MODE = flags.DEFINE_enum(
+  "mode", "train", _MODES, "train does all that is not done yet."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of id 0.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many run this job.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
+
+
+def run() -> None:
+  """Runs the command line of this process; exits with 1 after a UserError."""
+  holders = _CONFIG, _WORKDIR, _MODE, _COORDINATOR, _PROCESSES, _PROCESS_ID
+  for holder in holders:  # so that --help shows them
+    flag = flags.FLAGS[holder.name]
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+  app.run(main, flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+  """Parses flags as absl does, with errors that name the nearest field."""
+  try:
+    config_check.check_flags(argv)
+    rest = flags.FLAGS(_with_own_configs(argv))
+    config_check.check(_CONFIG.value)
+    return rest
+  except (AttributeError, TypeError, IndexError, flags.Error) as e:
+    _fail(config_check.explain(e))
+  except UserError as e:
+    _fail(e)
+  except (OSError, SyntaxError, ImportError) as e:  # of the config file
+    _fail(f"--config: {str(e).strip().splitlines()[-1].strip()}")
+
+
+def main(_: list[str]) -> None:
+  """Does what --mode says, in this process of the job."""
+  config = _CONFIG.value
+  file = config_flags.get_config_filename(flags.FLAGS["config"])
+  workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
+  logging.set_verbosity(logging.ERROR)
+  malloc.keep_freed_memory()
+  from recjax import distributed, jobs, mesh  # JAX, after the flags
+
+  job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+  try:
+    with distributed.job(*job) as (index, count):
+      if _MODE.value != "plan":  # which answers for more than there can be
+        mesh.simulate_devices(config.mesh.devices, count)
+      report = lambda s: None if index else print(s, flush=True)
+      mode = jobs.MODES[_MODE.value]
+      mode(config, pathlib.Path(workdir).absolute(), report)
+  except UserError as e:
+    _fail(e)
+
+
+def own_configs() -> dict[str, pathlib.Path]:
+  """Returns the config files that come with recjax, by name."""
+  package = pathlib.Path(__file__).parent
+  # In a wheel they lie in the package, in a checkout beside it.
+  for folder in (package / "configs", package.parent / "configs"):
+    if folder.is_dir():
+      return {path.stem: path for path in sorted(folder.glob("*.py"))}
+  return {}
+
+
+def find_config(given: str) -> str:
+  """Returns the path of the config that --config gives.
+
+  A file of that path comes first. Else `quickstart` and `configs/quickstart.py`
+  are recjax's own, wherever recjax is installed.
+
+  Raises:
+    UserError: a plain name that neither a file nor a config of recjax has.
+  """
+  if pathlib.Path(given).is_file():
+    return given
+  own = own_configs()
+  for name, path in own.items():
+    if given in (name, f"configs/{name}.py"):
+      return str(path)
+  if re.fullmatch(r"\w+", given):
+    raise UserError(
+      f"--config: there is no file {given!r}, and recjax has no config of that "
+      f"name; it has {', '.join(own)}"
+    )
+  return given
+
+
+def _with_own_configs(argv: list[str]) -> list[str]:
+  """Returns argv with --config's value as a path; see `find_config`."""
+  out = list(argv)
+  for i, arg in enumerate(argv):
+    if re.fullmatch(r"--?config", arg) and i + 1 < len(argv):
+      out[i + 1] = find_config(argv[i + 1])
+    elif found := re.fullmatch(r"(--?config=)(.*)", arg):
+      out[i] = found[1] + find_config(found[2])
+  return out
+
+
+def _fail(error: object) -> None:
+  print(f"error: {error}", file=sys.stderr)
+  sys.exit(1)

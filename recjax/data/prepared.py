@@ -1,0 +1,131 @@
+"""A prepared data set: what it holds, and how it is loaded.
+
+In its folder are the vocabulary in rank order (vocabulary.py), blocks of
+samples (blocks.py) and prepared.json, which says what they were made from.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from typing import Any
+
+import pyarrow as pa
+
+from recjax import files
+from recjax.data import vocabulary
+from recjax.data.blocks import Blocks
+from recjax.errors import UserError
+from recjax.frequency import Profile
+from recjax.schema import Feature, Schema
+
+VERSION = 1  # of the prepared data; other versions are not read
+BLOCKS = "blocks"
+_FILE = "prepared.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """A prepared data set: where it is, and what it holds."""
+
+  directory: str
+  schema: Schema
+  profile: Profile
+  samples: dict[str, int]  # of 'train' and 'test'
+  vocabulary: str  # fingerprint: sha256 of the vocabulary's content
+  settings: dict[str, Any]  # what it was made with
+  teacher: dict[str, Any] | None = None  # synthetic: auc, log_loss of the test
+
+  def blocks(self, split: str) -> Blocks:
+    """Opens the blocks of 'train' or 'test'.
+
+    Raises:
+      UserError: they are missing or damaged.
+    """
+    return Blocks(
+      os.path.join(self.directory, BLOCKS),
+      split,
+      self.samples[split],
+      self.settings["data.block_samples"],
+    )
+
+
+def exists(directory: str) -> bool:
+  """Whether a data set was prepared there."""
+  return os.path.exists(os.path.join(directory, _FILE))
+
+
+def save(
+  directory: str,
+  schema: Schema,
+  samples: dict[str, int],
+  *,
+  fingerprint: str,
+  settings: dict[str, Any],
+  teacher: dict[str, Any] | None,
+) -> None:
+  """Writes prepared.json, which completes the data set in `directory`.
+
+  The arguments are what `load` gives as Prepared; the fingerprint is that of
+  the vocabulary.
+  """
+  content = {
+    "version": VERSION,
+    "schema": dataclasses.asdict(schema),
+    "samples": samples,
+    "vocabulary": fingerprint,
+    "settings": settings,
+    "teacher": teacher,
+  }
+  files.write(os.path.join(directory, _FILE), json.dumps(content, indent=1))
+
+
+def load(directory: str) -> Prepared:
+  """Loads the prepared data set in `directory`.
+
+  Raises:
+    UserError: there is none, it is unfinished or damaged.
+  """
+  path = os.path.join(directory, _FILE)
+  try:
+    with open(path, encoding="utf-8") as f:
+      found = json.load(f)
+    if found["version"] != VERSION:
+      raise UserError(
+        f"{path} has version {found['version']}, this recjax reads version"
+        f" {VERSION}: delete {directory} and prepare again"
+      )
+    schema = Schema(
+      tuple(found["schema"]["dense"]),
+      tuple(Feature(**f) for f in found["schema"]["features"]),
+    )
+    samples = found["samples"]
+    path = os.path.join(directory, vocabulary.FILE)
+    return Prepared(
+      directory,
+      schema,
+      vocabulary.read_profile(path, schema.tables, samples["train"]),
+      samples,
+      found["vocabulary"],
+      found["settings"],
+      found["teacher"],
+    )
+  except FileNotFoundError as e:
+    raise UserError(
+      f"{directory} holds no prepared data set ({e.filename} is missing):"
+      " run with --mode=prepare"
+    ) from e
+  except (KeyError, TypeError, ValueError, pa.ArrowInvalid) as e:
+    raise UserError(
+      f"{directory} is damaged ({type(e).__name__}: {e}): delete it and"
+      " prepare again"
+    ) from e
+
+
+def copy_vocabulary(prepared: Prepared, directory: str) -> str:
+  """Copies the vocabulary file into `directory`; returns its path there."""
+  os.makedirs(directory, exist_ok=True)
+  target = os.path.join(directory, vocabulary.FILE)
+  with files.replacing(target) as part:
+    shutil.copyfile(os.path.join(prepared.directory, vocabulary.FILE), part)
+  return target

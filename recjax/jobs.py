@@ -1,0 +1,209 @@
+"""The jobs of the command line: each does what is not done yet.
+
+A job is (config, workdir, report) -> its result. All that it makes is in the
+workdir: data/, plan.json, plan.html, checkpoints/, metrics.jsonl.
+"""
+
+import pathlib
+from collections.abc import Callable, Mapping
+
+import jax
+
+from recjax import distributed, frequency
+from recjax import mesh as mesh_lib
+from recjax.config import Config
+from recjax.data import prepare as prepare_lib
+from recjax.data.prepared import Prepared
+from recjax.embedding import optimizers
+from recjax.errors import UserError
+from recjax.models import build as models
+from recjax.plan.plan import Plan
+from recjax.planner import write_plan
+from recjax.training import build as build_lib
+from recjax.training import checkpoint, inputs
+from recjax.training import train as train_lib
+from recjax.training.evaluate import evaluate as evaluate_run
+
+Report = Callable[[str], None]
+
+
+# ---- Steps
+
+
+def prepare(
+  config: Config, workdir: pathlib.Path, report: Report = print
+) -> Prepared:
+  """Turns logs into a prepared data set and its vocabulary, in workdir/data."""
+  directory = str(workdir / "data")
+  prepared = distributed.first_alone(
+    lambda: prepare_lib.prepare(config, directory, report)
+  )
+  if distributed.from_first(lambda: prepared.vocabulary) != prepared.vocabulary:
+    raise UserError(
+      f"{directory} holds another vocabulary than on process 0: let all "
+      "processes share one --workdir, or copy process 0's there"
+    )
+  report(frequency.describe(prepared.profile))
+  return prepared
+
+
+def plan(
+  config: Config,
+  prepared: Prepared | None,
+  workdir: pathlib.Path,
+  report: Report = print,
+  *,
+  serving: bool = False,
+) -> tuple[Plan, Callable[[], None]]:
+  """Plans for any number of devices; writes plan.json and plan.html.
+
+  Args:
+    config: see `plan`, `mesh` and `embedding`.
+    prepared: counted data; None = data.rows and plan.exponent.
+    workdir: where the plan is written.
+    report: takes what is to be printed.
+    serving: for the forward pass only, of rows without slot variables.
+
+  Returns:
+    The plan, the same on all processes, and what draws its page again, with
+    what a run has measured by then.
+  """
+  rows = _table_rows(config, prepared)
+  groups = build_lib.table_groups(config, rows)
+  slot_bytes = tuple(optimizers.slot_bytes(g.optimizer, g.dim) for g in groups)
+  devices = config.mesh.devices or jax.device_count()
+  hosts = distributed.machines()
+  if devices > jax.device_count():
+    hosts = -(-devices // config.mesh.devices_per_host)
+  local = jax.local_devices()[0]
+  limit = None
+  if local.platform != "cpu":
+    limit = (local.memory_stats() or {}).get("bytes_limit")
+  made = []  # on the first process
+
+  def make() -> str:
+    made.append(
+      write_plan.run(
+        config,
+        prepared,
+        workdir,
+        report,
+        groups=groups,
+        slot_bytes=slot_bytes,
+        dense=models.cost(
+          config.model, *_model_shape(config, prepared, groups)
+        ),
+        devices=devices,
+        hosts=hosts,
+        kind=local.device_kind,
+        device_limit=limit,
+        serving=serving,
+      )
+    )
+    return made[0][0].to_json()
+
+  # Machines differ a little in their memory: one plan for all.
+  found = Plan.from_json(distributed.from_first(make))
+  return found, made[0][1] if made else lambda: None
+
+
+def _table_rows(config: Config, prepared: Prepared | None) -> Mapping[str, int]:
+  """Returns each table's rows: counted, or as data.rows has them."""
+  if prepared is not None:
+    return prepared.profile.table_rows()
+  return {f"C{i + 1}": rows for i, rows in enumerate(config.data.rows)}
+
+
+def _model_shape(config: Config, prepared: Prepared | None, groups):
+  """Returns (dense inputs, {feature: (h, d)}, dim) of the configured model."""
+  dim = config.embedding.dim
+  if prepared is None:
+    dims = {table: g.dim for g in groups for table in g.tables}
+    one_each = {table: (1, d) for table, d in dims.items()}
+    return write_plan.ASSUMED_DENSE, one_each, dim
+  schema = prepared.schema
+  inputs = build_lib.model_inputs(schema.features, groups)
+  return len(schema.dense), inputs, dim
+
+
+def _begin(config, workdir, report, serving=False):
+  """Returns (prepared data, run, what draws the plan's page again)."""
+  c = config.mesh
+  mesh_lib.make_mesh(c.devices, c.node_devices)  # or an error, before all work
+  prepared = prepare(config, workdir, report)
+  found, draw = plan(config, prepared, workdir, report, serving=serving)
+  run = build_lib.build(config, prepared, found, serving=serving)
+  return prepared, run, draw
+
+
+def _summary(step: int, result: dict, prepared: Prepared) -> str:
+  lines = [f"test metrics at step {step}:"]
+  lines += [f"  {name} {value:.6f}" for name, value in result.items()]
+  if prepared.teacher:
+    lines.append(
+      f"the teacher that drew the labels: auc {prepared.teacher['auc']:.6f}, "
+      f"log_loss {prepared.teacher['log_loss']:.6f}"
+    )
+  return "\n".join(lines)
+
+
+# ---- Jobs
+
+
+def train(
+  config: Config, workdir: pathlib.Path, report: Report = print
+) -> dict[str, float]:
+  """Prepares, plans, trains and evaluates; returns the test split's metrics.
+
+  Raises:
+    UserError: bad config, data, budgets or checkpoint; the loss is not finite.
+  """
+  if config.plan.serving:
+    raise UserError(
+      "plan.serving: a plan for serving cannot train; use it with --mode=plan"
+    )
+  prepared, run, draw = _begin(config, workdir, report)
+  run, result = train_lib.train(config, prepared, run, workdir, report)
+  report(_summary(int(run.state.step), result, prepared))
+  draw()  # with what was measured
+  return result
+
+
+def evaluate(
+  config: Config, workdir: pathlib.Path, report: Report = print
+) -> dict[str, float]:
+  """Evaluates a checkpoint on this mesh, with a plan for serving.
+
+  Reads the rows only, not the slot variables.
+  """
+  prepared, run, _ = _begin(config, workdir, report, serving=True)
+  directory, step = workdir / "checkpoints", config.checkpoint.step
+  if step < 0:
+    step = checkpoint.newest(directory)
+    if step is None:
+      raise UserError(
+        f"--workdir: {directory} holds no checkpoint to evaluate; train first"
+      )
+  run, _ = train_lib.restore(run, prepared, directory, step, report)
+  test = inputs.scored_batches(run, prepared)
+  result = evaluate_run(run, test, prepared.samples["test"], report)
+  report(_summary(step, result, prepared))
+  return result
+
+
+def prepare_and_plan(
+  config: Config, workdir: pathlib.Path, report: Report = print
+) -> Plan:
+  """Plans from counted data, or from data.rows where there is no log."""
+  assumed = config.data.rows and not config.data.train
+  prepared = None if assumed else prepare(config, workdir, report)
+  serving = config.plan.serving
+  return plan(config, prepared, workdir, report, serving=serving)[0]
+
+
+MODES = {
+  "train": train,
+  "prepare": prepare,
+  "plan": prepare_and_plan,
+  "evaluate": evaluate,
+}

@@ -1,0 +1,141 @@
+"""The one assembly: config, data and plan -> a model on a mesh."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from recjax import config as config_lib
+from recjax.config import Config
+from recjax.data.prepared import Prepared
+from recjax.embedding import optimizers
+from recjax.embedding.embedding import make_embedding
+from recjax.mesh import make_mesh
+from recjax.models import build as models
+from recjax.plan import positions
+from recjax.plan.plan import Plan
+from recjax.schema import Feature, TableGroup, groups_of
+from recjax.training.dense_optimizer import dense_optimizer
+from recjax.training.inputs import run_length
+from recjax.training.state import Identity, Run, StepSpec, first_state
+from recjax.training.step import make_forward, make_train_step
+
+
+def table_groups(
+  config: Config, rows: Mapping[str, int]
+) -> tuple[TableGroup, ...]:
+  """Returns the configured groups of tables.
+
+  Args:
+    config: whose embedding it is.
+    rows: of each table, by its name.
+  """
+  return groups_of(config_lib.table_specs(config.embedding, rows))
+
+
+def model_inputs(
+  features: tuple[Feature, ...], groups: tuple[TableGroup, ...]
+) -> dict[str, tuple[int, int]]:
+  """Returns (h, d) of each feature's activations, in the order of columns."""
+  dims = {table: g.dim for g in groups for table in g.tables}
+  return {f.name: (f.activations, dims[f.table]) for f in features}
+
+
+def build(
+  config: Config,
+  prepared: Prepared,
+  plan: Plan,
+  *,
+  model: tuple[Any, Callable] | None = None,
+  serving: bool = False,
+) -> Run:
+  """Assembles a model on the plan's mesh, with a fresh state.
+
+  Args:
+    config: the run's.
+    prepared: the data set.
+    plan: of this config and data.
+    model: (params, apply) of a model of your own, as models/build.py makes
+      them; None = the configured one.
+    serving: keeps no slot variables; such a run cannot train.
+
+  Raises:
+    UserError: the model does not fit the data, or the mesh the machine.
+  """
+  e, schema = config.embedding, prepared.schema
+  groups = table_groups(config, prepared.profile.table_rows())
+  mesh = make_mesh(plan.devices, plan.node_devices)
+  params, apply = model or models.build(
+    config.model,
+    len(schema.dense),
+    model_inputs(schema.features, groups),
+    e.dim,
+    config.seed,
+  )
+  of_rows = {}
+  for g in groups:
+    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
+    if serving:
+      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  spec = StepSpec(
+    apply,
+    make_embedding(
+      plan,
+      schema.features,
+      of_rows,
+      wire_dtype=e.exchange_dtype,
+      seed=config.seed,
+    ),
+    dense_optimizer(config, 0 if serving else run_length(config, prepared)[0]),
+  )
+  ranks = {
+    name: of.ranks
+    for name, of in positions.of_groups(plan, prepared.profile).items()
+  }
+  return Run(
+    spec,
+    mesh,
+    first_state(spec, mesh, params, e.init_scale, ranks),
+    make_train_step(spec, mesh),
+    make_forward(spec, mesh),
+    identity_of(config, prepared, params if model else None),
+  )
+
+
+def identity_of(
+  config: Config, prepared: Prepared, own_params: Any = None
+) -> Identity:
+  """Returns what a checkpoint must share with the run that restores it.
+
+  Args:
+    config: the run's.
+    prepared: the data set.
+    own_params: of a model that is not the configured one.
+  """
+  if own_params is None:
+    model = dataclasses.asdict(config.model)
+    del model["compute_dtype"]  # of the same parameters
+  else:
+    shapes = jax.tree_util.tree_leaves_with_path(own_params)
+    model = {jax.tree_util.keystr(path): x.shape for path, x in shapes}
+  groups = table_groups(config, prepared.profile.table_rows())
+  tables = {
+    f"table {table}": [g.dim, g.dtype, g.optimizer]
+    for g in groups
+    for table in g.tables
+  }
+  of = {f"model.{k}": v for k, v in model.items()} | {
+    "embedding.dim": config.embedding.dim,
+    "train.optimizer": config.train.optimizer,
+    "features": [f.name for f in prepared.schema.features],
+    **tables,
+  }
+  return Identity(_as_json(of), prepared.vocabulary, prepared.profile.rows)
+
+
+def _as_json(x):
+  """Returns what JSON gives back: lists for tuples."""
+  if isinstance(x, dict):
+    return {k: _as_json(v) for k, v in x.items()}
+  return [_as_json(v) for v in x] if isinstance(x, (list, tuple)) else x

@@ -1,0 +1,105 @@
+"""Batches of prepared data for a run: this process's parts, onto devices."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from recjax.config import Config
+from recjax.data import batches as batches_lib
+from recjax.data.prepared import Prepared
+from recjax.mesh import batch_sharding
+from recjax.plan import positions
+from recjax.training.state import Run
+
+
+def local_batch(config: Config) -> int:
+  """Returns the samples of a step that this process reads."""
+  return config.train.batch_size // jax.process_count()
+
+
+def run_length(config: Config, prepared: Prepared) -> tuple[int, int]:
+  """Returns (steps, epochs begun) of a whole run.
+
+  Raises:
+    UserError: the training split is smaller than a batch.
+  """
+  per_epoch = batches_lib.steps_per_epoch(
+    prepared, "train", local_batch(config), jax.process_count()
+  )
+  steps = config.train.steps or per_epoch * config.train.epochs
+  return steps, -(-steps // per_epoch)
+
+
+def batches(
+  run: Run, prepared: Prepared, split: str, batch_size: int, **options: Any
+) -> grain.DatasetIterator:
+  """Iterates over this process's parts of the run's batches, as numpy arrays.
+
+  Args:
+    run: whose plan says where the rows lie.
+    prepared: the data set.
+    split: 'train' or 'test'.
+    batch_size: local, b.
+    **options: of `data.batches.dataset`: seed, epochs, shuffle_blocks, ...
+  """
+  where = positions.of_batches(
+    run.spec.embedding.plan, prepared.profile, prepared.schema.features
+  )
+  return batches_lib.dataset(
+    prepared,
+    split,
+    batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    positions_of=where and where.of_batch,
+    **options,
+  )
+
+
+def training_batches(
+  config: Config, prepared: Prepared, run: Run, first: int = 0
+) -> grain.DatasetIterator:
+  """Iterates over this process's parts of a run's training batches.
+
+  Args:
+    config: whose run it is.
+    prepared: the data set.
+    run: whose plan says where the rows lie.
+    first: batches that are left out.
+  """
+  data = batches(
+    run,
+    prepared,
+    "train",
+    local_batch(config),
+    seed=config.seed,
+    epochs=run_length(config, prepared)[1],
+    shuffle_blocks=config.data.shuffle_blocks,
+  )
+  if first:
+    data.set_state({"next_index": first})
+  return data
+
+
+def scored_batches(
+  run: Run, prepared: Prepared
+) -> Iterator[dict[str, jax.Array]]:
+  """Iterates over the test split on the run's mesh, in order, padded."""
+  size = run.spec.embedding.plan.batch_size // jax.process_count()
+  for batch in batches(run, prepared, "test", size):
+    yield to_devices(batch, run.mesh)
+
+
+def to_devices(
+  batch: dict[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Puts a process's part of a batch onto the mesh, as global arrays."""
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, x)
+    for name, x in batch.items()
+  }

@@ -1,0 +1,91 @@
+"""What training holds: the state, what is static in a step, and a whole run."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from recjax.embedding import tables as tables_lib
+from recjax.embedding.embedding import Embedding
+from recjax.embedding.tables import Tables
+from recjax.mesh import replicated
+
+
+class TrainState(NamedTuple):
+  """Donated to every step. The dense parts are replicated."""
+
+  step: jax.Array  # [] int32
+  params: Any
+  opt_state: Any
+  tables: Tables
+
+
+class StepSpec(NamedTuple):
+  """All that is static in a compiled step."""
+
+  # (params, dense [b, D], {feature: [b, h, d]}, {feature: [b, h] bool}) ->
+  # logits [b]
+  apply: Callable
+  embedding: Embedding
+  dense_optimizer: optax.GradientTransformation
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+  """What a checkpoint must share with the run that restores it."""
+
+  model: dict  # JSON: everything that shapes the parameters and the rows
+  vocabulary: str  # fingerprint
+  rows: int  # of all tables
+
+
+class Run(NamedTuple):
+  """A model on a mesh, ready to train and to evaluate."""
+
+  spec: StepSpec
+  mesh: Mesh
+  state: TrainState
+  step: Callable  # (state, batch) -> (state, metrics); state is donated
+  forward: Callable  # (state, batch) -> (logits, labels, mask), [B] each
+  identity: Identity
+
+
+def state_specs(embedding: Embedding) -> TrainState:
+  """Returns PartitionSpec prefixes of the state."""
+  everywhere = PartitionSpec()
+  return TrainState(
+    everywhere, everywhere, everywhere, tables_lib.specs(embedding)
+  )
+
+
+def state_shardings(embedding: Embedding, mesh: Mesh) -> TrainState:
+  """Returns NamedSharding prefixes of the state."""
+  everywhere = replicated(mesh)
+  return TrainState(
+    everywhere, everywhere, everywhere, tables_lib.shardings(embedding, mesh)
+  )
+
+
+def first_state(
+  spec: StepSpec,
+  mesh: Mesh,
+  params: Any,
+  init_scale: float,
+  ranks: Mapping[str, np.ndarray] | None = None,
+) -> TrainState:
+  """Returns the state before the first step, on the mesh.
+
+  Args:
+    spec: the step.
+    mesh: of the spec's plan.
+    params: of the dense part.
+    init_scale, ranks: of the rows; see `tables.init`.
+  """
+  dense = (np.int32(0), params, spec.dense_optimizer.init(params))
+  step, params, opt_state = jax.device_put(dense, replicated(mesh))
+  tables = tables_lib.init(spec.embedding, mesh, init_scale, ranks)
+  return TrainState(step, params, opt_state, tables)

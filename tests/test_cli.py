@@ -1,0 +1,53 @@
+"""Which file --config means. What errors look like: test_main.py."""
+
+import pathlib
+import re
+
+import pytest
+
+from recjax import cli
+from recjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def test_configs_of_a_checkout():
+  expected = {p.stem: p for p in (ROOT / "configs").glob("*.py")}
+  assert cli.own_configs() == expected
+
+
+def test_configs_of_a_wheel(tmp_path, monkeypatch):
+  """They lie in the package, as pyproject.toml's package-dir puts them."""
+  package = tmp_path / "site-packages" / "recjax"
+  (package / "configs").mkdir(parents=True)
+  (package / "configs" / "quickstart.py").touch()
+  (package.parent / "configs").mkdir()  # of another project
+  (package.parent / "configs" / "other.py").touch()
+  monkeypatch.setattr(cli, "__file__", str(package / "cli.py"))
+  own = package / "configs" / "quickstart.py"
+  assert cli.own_configs() == {"quickstart": own}
+
+
+def test_a_config_by_name_or_path(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  own = str(ROOT / "configs" / "quickstart.py")
+  pathlib.Path("quickstart").mkdir()  # a folder is no config
+  assert cli.find_config("quickstart") == own
+  assert cli.find_config("configs/quickstart.py") == own
+  # Files come first.
+  pathlib.Path("configs").mkdir()
+  pathlib.Path("configs/quickstart.py").touch()
+  assert cli.find_config("configs/quickstart.py") == "configs/quickstart.py"
+  assert cli.find_config("quickstart") == own
+  pathlib.Path("mine.py").touch()
+  assert cli.find_config("mine.py") == "mine.py"
+  # Left as they are, for the parser to name.
+  for missing in ("mine/quickstart.py", "quickstart.py", "configs/mine.py", ""):
+    assert cli.find_config(missing) == missing
+
+
+def test_an_unknown_name_is_an_error():
+  names = ", ".join(cli.own_configs())
+  pattern = f"no file 'quikstart'.*it has {re.escape(names)}$"
+  with pytest.raises(UserError, match=pattern):
+    cli.find_config("quikstart")
