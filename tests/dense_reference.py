@@ -15,11 +15,13 @@ import optax
 
 from recjax.embedding import optimizers
 from recjax.embedding.embedding import make_embedding
+from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, make_mesh
+from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature, columns_of
 from recjax.training import step as step_lib
-from recjax.training.state import StepSpec, first_state
+from recjax.training.state import StepSpec, TrainState, first_state
 
 BATCH, DENSE, STEPS = 32, 3, 20
 LEARNING_RATE = 0.1
@@ -234,7 +236,7 @@ def wanted(case: Case):
 # ---- The system
 
 
-def build(case: Case, plan: Plan, wire_dtype=jnp.float32, ranks=None):
+def build(case: Case, plan: Plan, wire_dtype=jnp.float32):
   """(StepSpec, mesh, a fresh state) of a case under a plan."""
   mesh = make_mesh(plan.devices, plan.node_devices)
   optimizer_of = {p.name: OPTIMIZERS[p.optimizer]() for p in case.parts}
@@ -242,23 +244,53 @@ def build(case: Case, plan: Plan, wire_dtype=jnp.float32, ranks=None):
     plan, case.features, optimizer_of, wire_dtype=wire_dtype, seed=3
   )
   spec = StepSpec(apply_of(case), embedding, optax.adagrad(LEARNING_RATE))
+  where = positions.of_groups(plan, profile_of(case))
+  ranks = {name: of.ranks for name, of in where.items()}
   return spec, mesh, first_state(spec, mesh, init_params(case), 0.5, ranks)
 
 
-def train(case: Case, plan: Plan, *, options=None, of_batch=None, **kw):
+def profile_of(case: Case) -> Profile:
+  """Ranks of a group belong to its tables in turn, as those of `batches` do."""
+  names, table = [], [np.zeros(0, np.int16)]
+  for p in case.parts:
+    mine = [f.table for f in case.features if f.table in p.tables]
+    mine = list(dict.fromkeys(mine))
+    table.append(np.arange(p.rows) % len(mine) + len(names))
+    names += mine
+  table = np.concatenate(table).astype(np.int16)
+  return Profile(1, tuple(names), np.ones(len(table), np.int64), table)
+
+
+def by_rank(case: Case, plan: Plan, state: TrainState):
+  """{group: rows and slot variables}, wherever table-wise rows lie."""
+  found = helpers.in_rank_order(state.tables, plan)
+  for name, where in positions.of_groups(plan, profile_of(case)).items():
+    ranks = where.ranks_of(0, plan.group(name).rows)
+    for x in jax.tree.leaves(found[name]):  # nothing where there is no row
+      assert not np.any(x[ranks < 0].astype(np.float32))
+    at = where.positions_of(np.arange(np.sum(ranks >= 0), dtype=np.int32))
+    found[name] = jax.tree.map(lambda x, at=at: x[at], found[name])
+  return found
+
+
+def train(case: Case, plan: Plan, *, options=None, **kw):
   """Trains as the system does, and moves nothing between host and device.
 
-  `of_batch` maps a batch's ids to positions; `options` are the compiler's,
-  helpers.FAST if None. Returns (tables before in rank order, state after,
-  rounds of each step).
+  `options` are the compiler's, helpers.FAST if None. Returns (tables before in
+  rank order, state after, rounds of each step).
   """
   spec, mesh, state = build(case, plan, **kw)
-  first = helpers.in_rank_order(state.tables, plan)
+  where = positions.of_groups(plan, profile_of(case))
+  columns = columns_of(case.features)
+  first = by_rank(case, plan, state)
   step = step_lib.make_train_step(spec, mesh)
   compiled, rounds = None, []
   for batch in batches(case):
-    if of_batch is not None:
-      batch["ids"] = of_batch(batch["ids"])
+    for f in case.features:
+      mine = where.get(case.part_of(f).name)
+      if mine:
+        at = columns[f.name]
+        batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
     batch = jax.device_put(batch, batch_sharding(mesh))
     if compiled is None:
       compiled = step.lower(state, batch).compile(options or helpers.FAST)
@@ -272,7 +304,7 @@ def check(case: Case, plan: Plan, *, overflows=None, **kw):
   """Asserts that training under a plan equals the dense reference."""
   first, state, rounds = train(case, plan, **kw)
   want_first, (tables_end, params) = wanted(case)
-  got = helpers.in_rank_order(state.tables, plan)
+  got = by_rank(case, plan, state)
   for name, rows in want_first.items():
     np.testing.assert_array_equal(first[name].rows, rows)
     helpers.assert_close(tuple(got[name]), tables_end[name])

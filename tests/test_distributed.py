@@ -165,7 +165,9 @@ def test_two_processes_train_as_one(alone, together):
   workdir, want = alone
   got = lines(together, "test")[-1]
   for name, value in want.items():
-    np.testing.assert_allclose(got[name], value, atol=1e-6)
+    # gloo adds in another order than one process, 120 steps long; a learning
+    # rate that differs by 5e-8 changes more (docs/clusters.md).
+    np.testing.assert_allclose(got[name], value, atol=1e-5)
   got, want = lines(together, "train"), lines(workdir, "train")
   assert [x["step"] for x in got] == [x["step"] for x in want]
   for x, y in zip(got, want, strict=True):
