@@ -17,23 +17,33 @@ plan that was best in the odd rounds, both timed in the even ones.
 """
 
 import argparse
-import pathlib
-import sys
 import time
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from typing import Any
 
 import calibrate
 import jax
 import numpy as np
-from synthetic_step import LARGE, Run, Setting, draw, problem_of, times_of
+from jax.sharding import Mesh
+from synthetic_step import (
+  LARGE,
+  Run,
+  Setting,
+  draw,
+  plan_of,
+  problems_of,
+  tiers_of,
+  times_of,
+)
 
 from recjax import malloc
 from recjax.mesh import make_mesh, simulate_devices
 from recjax.plan import layout
-from recjax.plan.plan import Plan
-from recjax.planner import cut_points, presets
-from recjax.planner import solve as solve_lib
+from recjax.plan.plan import HOT, WARM, Plan
+from recjax.planner import presets
+from recjax.planner import transport as transport_lib
+from recjax.planner.problem import HOT_SYNCS, Problem
+from recjax.planner.topology import Topology
+from recjax.planner.transport import FLAT
 
 KAGGLE = (
   *(1_460, 583, 250_000, 60_000, 305, 24, 12_517, 633, 3, 30_000, 5_683),
@@ -47,13 +57,13 @@ _ROUNDS = 10  # at least
 
 SETTINGS = (
   Setting(KAGGLE, 1.15, 16, 8_192, 0.05),
-  Setting(KAGGLE, 1.05, 16, 2_048, 0.05, "sgd", layers=LARGE),
+  Setting(KAGGLE, 1.05, 16, 2_048, 0.05, "sgd", model=LARGE),
   Setting(KAGGLE, 1.05, 16, 16_384, 0.20, "adagrad"),
   Setting(KAGGLE, 1.45, 16, 8_192, 1.00),
   Setting(KAGGLE, 1.15, 64, 4_096, 0.05, "adagrad"),
-  Setting(KAGGLE, 1.05, 64, 1_024, 0.20, layers=LARGE),
+  Setting(KAGGLE, 1.05, 64, 1_024, 0.20, model=LARGE),
   Setting(KAGGLE, 1.15, 64, 8_192, 0.02, wire="bfloat16"),
-  Setting(KAGGLE, 1.45, 16, 8_192, 0.02, "sgd", layers=LARGE),
+  Setting(KAGGLE, 1.45, 16, 8_192, 0.02, "sgd", model=LARGE),
   Setting(FEW, 1.15, 64, 4_096, 0.20, "sgd"),
   Setting(FEW, 1.45, 64, 16_384, 0.01, "adagrad"),
   Setting(FEW, 1.05, 16, 1_024, 1.00, "adagrad"),
@@ -68,63 +78,71 @@ SETTINGS = (
 # ---- What is run
 
 
-def exchanges(setting: Setting, problem) -> list[dict]:
-  """What a plan may choose beside the cuts: arguments of solve_lib.solve."""
+def options(setting: Setting, problem: Problem) -> list[dict[str, Any]]:
+  """What a plan may choose beside the cuts: arguments of `plan_of`."""
   if setting.node_devices:
-    return [{"ways": (way,)} for way in cut_points.transports(problem.work)]
+    found = transport_lib.available(problem.shape)
+    return [{"transports": (transport,)} for transport in found]
   if setting.hotness:
     longest = sorted(setting.features, key=lambda f: -f.hotness)
     names = [f.name for f in longest]
-    return [{"pooled": tuple(names[:count])} for count in (0, 1, 3)]
-  return [{"syncs": (sync,)} for sync in cut_points.HOT_SYNCS]
+    return [{"table_wise": tuple(names[:count])} for count in (0, 1, 3)]
+  return [{"hot_syncs": (hot_sync,)} for hot_sync in HOT_SYNCS]
 
 
-def sweep(problem, setting: Setting) -> list[Plan]:
-  """The planner's choice, then others that fit, none twice."""
-  work, rows = problem.work, problem.spectrum.rows
+def sweep(setting: Setting, t: Topology, devices: int) -> list[Plan]:
+  """Returns the planner's choice, then others that fit, none twice."""
+  problems = problems_of(setting, t, devices)
+  (problem,) = problems
+  rows = problem.profile.rows
   fit = int(setting.share * rows)
-  solve = lambda **arguments: solve_lib.solve(
-    problem,
-    hosts=1,
-    device_bytes=fit * work.stored,
-    host_bytes=2 * rows * work.stored,
-    **arguments,
-  )
-  chosen = solve()
+  chosen = plan_of(setting, problems, setting.share)
   plans = {key(chosen): chosen}
-  ways = exchanges(setting, problem)
-  for hot in (0, chosen.hot, fit // 4, fit // 64):
-    for way in ways:
-      owners = way.get("ways", (cut_points.FLAT,))[0].warm_owners(work)
+  choices = options(setting, problem)
+  for hot in (0, chosen.groups[0].rows_of(HOT), fit // 4, fit // 64):
+    for choice in choices:
+      transport = choice.get("transports", (FLAT,))[0]
+      owners = transport.warm_owners(problem.shape)
       most = int(layout.most_sharded(rows, hot, fit, owners))
-      for warm in (most, 0) if hot and way is ways[0] else (most,):
-        plan = solve(hot_rows=hot, warm_rows=warm, **way)
+      for warm in (most, 0) if hot and choice is choices[0] else (most,):
+        plan = plan_of(
+          setting,
+          problems,
+          setting.share,
+          hot_rows=hot,
+          warm_rows=warm,
+          **choice,
+        )
         plans.setdefault(key(plan), plan)
   return list(plans.values())
 
 
-def key(plan: Plan):
-  sync = plan.hot_sync if plan.hot else ""
-  way = plan.exchange, plan.warm_copies, plan.pooled
-  return plan.hot, plan.warm_end, sync, *way
+def key(plan: Plan) -> tuple:
+  """Returns what tells plans apart."""
+  (group,) = plan.groups
+  hot, warm = group.rows_of(HOT), group.rows_of(WARM)
+  hot_sync = group.hot_sync if hot else ""
+  transport = transport_lib.of_group(group)
+  return hot, hot + warm, hot_sync, transport, group.table_wise
 
 
 # ---- Settings, one after the other
 
 
-def compile_all(setting: Setting, t, mesh) -> list[Run]:
-  mesh = make_mesh(mesh.devices.size, setting.node_devices)
-  plans = sweep(problem_of(setting, t, mesh.devices.size), setting)
-  return [Run(setting, plan, mesh) for plan in plans]
+def compile_all(setting: Setting, t: Topology, mesh: Mesh) -> list[Run]:
+  """Compiles the step of every plan of the sweep."""
+  devices = mesh.devices.size
+  mesh = make_mesh(devices, setting.node_devices)
+  plans = sweep(setting, t, devices)
+  return [Run(setting, plan, mesh).compile() for plan in plans]
 
 
-def compare(setting: Setting, runs: list[Run], args):
-  """(predicted / measured of the choice, choice / best, the same unbiased)."""
-  mesh = runs[0].mesh
-  drawn = draw(setting, mesh, 8)
+def time_all(setting: Setting, runs: list[Run], seconds: float) -> None:
+  """Times the runs in rounds, for at least so long."""
+  drawn = draw(setting, runs[0].mesh, 8)
   for run in runs:
     run.start(drawn)
-  end = time.perf_counter() + args.seconds
+  end = time.perf_counter() + seconds
   rounds = 0
   while rounds < _ROUNDS or time.perf_counter() < end:
     for run in runs:
@@ -132,25 +150,43 @@ def compare(setting: Setting, runs: list[Run], args):
     rounds += 1
   for run in runs:
     run.stop()
+
+
+def show(setting: Setting, run: Run, seconds: float, terms: bool) -> None:
+  """Prints a plan's line, without the word for the chosen one."""
+  (group,) = run.plan.groups
+  predicted = run.plan.prediction
+  more = f" {len(group.table_wise)} table-wise" if group.table_wise else ""
+  if setting.node_devices:
+    transport = transport_lib.of_group(group)
+    more = f" {transport.exchange}, {transport.warm_copies}"
+  hot_sync = f" ({group.hot_sync})" if group.rows_of(HOT) else ""
+  print(
+    f"{tiers_of(run.plan)}{hot_sync}{more}: {1e3 * seconds:7.2f} ms, predicted "
+    f"{1e3 * predicted.step_seconds:7.2f} "
+    f"({predicted.step_seconds / seconds:.2f} x)"
+    + (f", {run.rounds} rounds" if run.rounds > 1 else "")
+  )
+  if terms:
+    found = (f"{k} {1e3 * x:.2f}" for k, x in predicted.seconds)
+    print(f"         {', '.join(found)}")
+
+
+def compare(setting: Setting, runs: list[Run], args):
+  """Times a setting's plans and prints how the choice does.
+
+  Returns:
+    (predicted / measured of the choice, choice / best, the same unbiased).
+  """
+  time_all(setting, runs, args.seconds)
   times = [float(np.median(run.seconds)) for run in runs]
   ratios = [
-    run.plan.step_seconds / x for run, x in zip(runs, times, strict=True)
+    run.plan.prediction.step_seconds / x
+    for run, x in zip(runs, times, strict=True)
   ]
   for i in np.argsort(times):
-    plan, run = runs[i].plan, runs[i]
-    ways = f" {len(plan.pooled)} pooled" if plan.pooled else ""
-    if setting.node_devices:
-      ways = f" {plan.exchange}, {plan.warm_copies}"
-    print(
-      f"  {'chosen' if i == 0 else '':6} {plan.hot:>9,} hot "
-      f"{plan.hot_sync if plan.hot else '':6} {plan.warm:>9,} warm "
-      f"{plan.cold:>9,} cold{ways}: {1e3 * times[i]:7.2f} ms, predicted "
-      f"{1e3 * plan.step_seconds:7.2f} ({ratios[i]:.2f} x)"
-      + (f", {run.rounds} rounds" if run.rounds > 1 else "")
-    )
-    if args.terms:
-      terms = (f"{k} {1e3 * x:.2f}" for k, x in plan.seconds)
-      print(f"         {', '.join(terms)}")
+    print(f"  {'chosen' if i == 0 else '':6} ", end="")
+    show(setting, runs[i], times[i], args.terms)
   loss = times[0] / min(times)
   halves = [np.array(run.seconds).reshape(-1, _TIMED) for run in runs]
   best = int(np.argmin([np.median(x[1::2]) for x in halves]))

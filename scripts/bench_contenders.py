@@ -3,24 +3,14 @@
 A contender is (data, args) -> step; step(i) trains on batch i, waits for the
 end of it, and returns the loss. `data` is what bench_step's `draw_batches`
 gives: dense [n, B, 13], ids [n, B, S] int32 and labels [n, B] of n batches.
-Each of the 26 tables has args.hotness lookups a sample, S in all, whose rows
-are summed. Frameworks are imported inside, since no Python has all of them.
+Tables of args.rows rows have args.hotness lookups a sample, S in all, whose
+rows are summed. Frameworks are imported inside, since no Python has them all.
 """
 
 import itertools
 
 import numpy as np
 
-ROWS = (
-  *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683),
-  *(8351593, 3194, 27, 14992, 5461306, 10, 5652, 2173, 4, 7046547, 18, 15),
-  *(286181, 105, 142572),
-)
-# Of a sample, by table; as MLPerf training's DLRM-DCNv2.
-MULTI_HOT = (
-  *(3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10),
-  *(3, 1, 1),
-)
 DENSE = 13
 BOTTOM, TOP = (512, 256, 64), (512, 256)  # hidden widths
 LEARNING_RATE = 0.02
@@ -34,92 +24,75 @@ def by_table(x, args, axis=-1):  # S along the axis -> 26 parts of hotness
 def recjax_step(data, args):
   """As main.py trains: rows in frequency order, planned, one jitted step."""
   import jax
-  import jax.numpy as jnp
-  import optax
+  from synthetic_step import (
+    LARGE,
+    Drawn,
+    Run,
+    Setting,
+    plan_of,
+    problems_of,
+    rank_rows,
+    tiers_of,
+  )
 
-  from recjax import config
-  from recjax.embedding import optimizers, tables
-  from recjax.frequency import Profile
-  from recjax.mesh import batch_sharding, make_mesh, replicated
-  from recjax.models import dlrm
-  from recjax.planner import frequency_buckets, presets, step_cost
-  from recjax.planner import solve as solve_lib
-  from recjax.schema import Feature
-  from recjax.training import step as step_lib
+  from recjax.mesh import batch_sharding, make_mesh
+  from recjax.planner import presets
 
-  dense, ids, labels = data
-  # The expected counts of a long log of that power law, in rank order.
-  p = [np.arange(1, r + 1, dtype=np.float32) ** -args.exponent for r in ROWS]
-  counts = [x * (h / x.sum()) for x, h in zip(p, args.hotness, strict=True)]
-  counts = np.concatenate(counts) * 1e9
-  order = np.argsort(-counts, kind="stable")
-  rank = np.empty(len(order), np.int32)
-  rank[order] = np.arange(len(order), dtype=np.int32)
-  names = tuple(f"C{i + 1}" for i in range(len(ROWS)))
-  profile = Profile(
-    10**9,
-    names,
-    counts[order].astype(np.int64),
-    np.repeat(np.arange(len(ROWS), dtype=np.int16), ROWS)[order],
+  setting = Setting(
+    tuple(args.rows),
+    args.exponent,
+    args.dim,
+    args.batch,
+    args.device_share,
+    model=LARGE,
+    hotness=tuple(args.hotness),
+    small_dim=args.small_dim,
   )
   if args.topology:
     topology = presets.get(args.topology, 1)
   else:
     topology = presets.of_device(jax.devices()[0].device_kind, 1, 1)
-  plan = solve_lib.plan(
-    frequency_buckets.of_profile(profile, args.hotness),
-    topology=topology,
-    devices=1,
-    hosts=1,
-    batch_size=args.batch,
-    lookups=sum(args.hotness),
-    dim=args.dim,
-    dense=step_cost.dense_model(
-      "dlrm", BOTTOM, TOP, DENSE, len(ROWS), args.dim
-    ),
-    dtype="float32",
-    slot_bytes=4,
-    device_bytes=int(args.device_share * sum(ROWS)) * (4 * args.dim + 4),
-    host_bytes=1 << 40,
-  )
+  plan = plan_of(setting, problems_of(setting, topology, 1), setting.share)
   print(
-    f"{plan.hot:,} hot, {plan.warm:,} warm, {plan.cold:,} cold rows, predicted "
-    f"{1e3 * plan.step_seconds:.1f} ms a step"
-  )
-  params, apply = dlrm.build(
-    config.Model(bottom=BOTTOM, top=TOP), DENSE, len(ROWS), args.dim, seed=0
-  )
-  model = step_lib.Model(
-    apply=apply,
-    features=tuple(map(Feature, names, names, args.hotness)),
-    dense_optimizer=optax.adagrad(LEARNING_RATE, 0.0, 1e-8),
-    sparse_optimizer=optimizers.rowwise_adagrad(LEARNING_RATE),
-    plan=plan,
-    exchange_dtype=jnp.float32,
-    seed=0,
+    f"{tiers_of(plan)}, predicted "
+    f"{1e3 * plan.prediction.step_seconds:.1f} ms a step"
   )
   mesh = make_mesh(1)
-  state = jax.device_put(
-    (np.int32(0), params, model.dense_optimizer.init(params)),
-    replicated(mesh),
-  )
-  rows = tables.init(plan, model.sparse_optimizer, mesh, INIT_SCALE, seed=0)
-  state = step_lib.TrainState(*state, rows)
-  first = np.repeat(np.cumsum([0, *ROWS[:-1]]), args.hotness)
+  ranks = rank_rows(setting)
   batches = [
     jax.device_put(
-      {"dense": d, "ids": rank[first + i], "label": y}, batch_sharding(mesh)
+      {"dense": d, "ids": ranks.of(i), "label": y}, batch_sharding(mesh)
     )
-    for d, i, y in zip(dense, ids, labels, strict=True)
+    for d, i, y in zip(*data, strict=True)
   ]
-  update = step_lib.make_train_step(model, mesh)
+  run = Run(setting, plan, mesh).compile()
+  run.start(Drawn(batches, ranks.profile))
+  del batches, ranks
 
   def step(i):
-    nonlocal state
-    state, out = update(state, batches[i])
+    run.state, out = run.step(run.state, run.batches[i])
     return float(out["loss"])
 
   return step
+
+
+def dlrm(args):
+  """(params, (params, dense [b, 13], [[b, d] a table]) -> logits [b])."""
+  from criteo_tables import names
+  from synthetic_step import LARGE
+
+  from recjax.models import build as models
+
+  of = names(len(args.rows))
+  params, apply = models.build(
+    LARGE, DENSE, dict.fromkeys(of, (1, args.dim)), args.dim, 0
+  )
+
+  def of_vectors(params, dense, vectors):
+    vectors = {k: x[:, None] for k, x in zip(of, vectors, strict=True)}
+    return apply(params, dense, vectors, {})
+
+  return params, of_vectors
 
 
 def plain_jax_step(data, args):
@@ -128,17 +101,13 @@ def plain_jax_step(data, args):
   import jax.numpy as jnp
   import optax
 
-  from recjax import config
-  from recjax.models import dlrm
-
-  model = config.Model(bottom=BOTTOM, top=TOP)
-  params, apply = dlrm.build(model, DENSE, len(ROWS), args.dim, seed=0)
-  keys = jax.random.split(jax.random.key(0), len(ROWS))
+  params, apply = dlrm(args)
+  keys = jax.random.split(jax.random.key(0), len(args.rows))
   tables = [
     jax.random.uniform(k, (r, args.dim), minval=-INIT_SCALE, maxval=INIT_SCALE)
-    for k, r in zip(keys, ROWS, strict=True)
+    for k, r in zip(keys, args.rows, strict=True)
   ]
-  slots = [jnp.zeros(r) for r in ROWS]
+  slots = [jnp.zeros(r) for r in args.rows]
   optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
 
   def loss_of(params, tables, dense, ids, labels):
@@ -146,7 +115,7 @@ def plain_jax_step(data, args):
       jnp.take(t, i, axis=0).sum(axis=1)
       for t, i in zip(tables, by_table(ids, args), strict=True)
     ]
-    logits = apply(params, dense, jnp.stack(rows, axis=1))
+    logits = apply(params, dense, rows)
     losses = optax.sigmoid_binary_cross_entropy(logits, labels)
     return losses.mean()
 
@@ -186,17 +155,14 @@ def host_jax_step(data, args):
   import optax
   from jax import lax
 
-  from recjax import config
   from recjax.embedding.tables import DEVICE, HOST, gather, on_host
   from recjax.mesh import make_mesh, replicated
-  from recjax.models import dlrm
 
-  model = config.Model(bottom=BOTTOM, top=TOP)
-  params, apply = dlrm.build(model, DENSE, len(ROWS), args.dim, seed=0)
+  params, apply = dlrm(args)
   optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
   place = replicated(make_mesh(1))
   rng = np.random.default_rng(0)
-  rows = rng.random((sum(ROWS), 1, args.dim), np.float32)
+  rows = rng.random((sum(args.rows), 1, args.dim), np.float32)
   rows -= 0.5
   rows *= 2 * INIT_SCALE
   on_the_host = place.with_memory_kind("pinned_host")
@@ -212,7 +178,7 @@ def host_jax_step(data, args):
 
   def loss_of(params, rows, dense, labels):
     bags = [x.sum(axis=1) for x in by_table(rows, args, axis=1)]
-    logits = apply(params, dense, jnp.stack(bags, axis=1))
+    logits = apply(params, dense, bags)
     return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
 
   def update(state, dense, ids, labels):
@@ -234,7 +200,8 @@ def host_jax_step(data, args):
     out_shardings=((place, place, on_the_host), place),
   )
   state = *jax.device_put((params, optimizer.init(params)), place), rows
-  first = np.repeat(np.cumsum([0, *ROWS[:-1]]), args.hotness).astype(np.int32)
+  first = np.repeat(np.cumsum([0, *args.rows[:-1]]), args.hotness)
+  first = first.astype(np.int32)
   batches = [
     jax.device_put((dense, first + ids, labels), place)
     for dense, ids, labels in zip(*data, strict=True)
@@ -263,7 +230,7 @@ def torch_step(data, args, embed, ids_of, optimizers):
     ]
     return torch.nn.Sequential(*layers)
 
-  vectors = len(ROWS) + 1
+  vectors = len(args.rows) + 1
   i, j = torch.tril_indices(vectors, vectors, -1)
   pairs = i * vectors + j
   bottom = mlp(DENSE, *BOTTOM, args.dim)
@@ -322,7 +289,7 @@ def embedding_bag_step(data, args, optimizer):
       include_last_offset=True,
       _weight=torch.empty(rows, args.dim).uniform_(-INIT_SCALE, INIT_SCALE),
     )
-    for rows in ROWS
+    for rows in args.rows
   )
   offsets = [torch.arange(args.batch + 1) * h for h in args.hotness]
   cls = {"sgd": torch.optim.SGD, "adagrad": torch.optim.Adagrad}[optimizer]
@@ -361,7 +328,7 @@ def fbgemm_step(data, args):
   torch.manual_seed(0)
   place = (EmbeddingLocation.HOST, tbe.ComputeDevice.CPU)
   tables = tbe.SplitTableBatchedEmbeddingBagsCodegen(
-    [(rows, args.dim, *place) for rows in ROWS],
+    [(rows, args.dim, *place) for rows in args.rows],
     optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     learning_rate=LEARNING_RATE,
     bounds_check_mode=BoundsCheckMode.NONE,

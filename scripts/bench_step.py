@@ -41,40 +41,32 @@ import time
 from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from bench_contenders import CONTENDERS, DENSE, MULTI_HOT, ROWS
+from bench_contenders import CONTENDERS, DENSE
 
 from recjax import malloc
 
+ROOT = Path(__file__).parents[1]
+_SETTINGS = "settings.json"  # in the folder that a contender reads
+
 
 def draw_batches(args):
-  """Dense [n, B, 13], ids [n, B, S] int32 and labels [n, B] of n batches."""
+  """Draws dense [n, B, 13], ids [n, B, S] int32 and labels [n, B]."""
+  from recjax.data import power_law
+
   rng = np.random.default_rng(args.seed)
   shape = (args.batches, args.batch)
   ids = [
-    power_law(rng, (*shape, h), r, args.exponent)
-    for r, h in zip(ROWS, args.hotness, strict=True)
+    power_law.ranks(rng, (*shape, h), r, args.exponent)
+    for r, h in zip(args.rows, args.hotness, strict=True)
   ]
-  ids = np.concatenate(ids, axis=-1)
+  ids = np.concatenate(ids, axis=-1, dtype=np.int32, casting="unsafe")
   dense = rng.random((*shape, DENSE), np.float32)
   labels = (rng.random(shape) < 0.25).astype(np.float32)
   return dense, ids, labels
 
 
-def power_law(rng, shape, rows, exponent):
-  """Ids below `rows`, P(id) falling as (id + 1)^-exponent."""
-  u = rng.random(shape)
-  e = 1 - exponent
-  if abs(e) < 1e-9:
-    x = (rows + 1.0) ** u
-  else:
-    x = (1 + u * ((rows + 1.0) ** e - 1)) ** (1 / e)
-  return np.minimum(x.astype(np.int64) - 1, rows - 1).astype(np.int32)
-
-
 def work(args):
-  """In the contender's own process: prints step times as one JSON line."""
+  """Times a contender, in its own process; returns what it prints as JSON."""
   make_step, packages, copies = CONTENDERS[args.worker]
   if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))[: args.cores]
@@ -84,7 +76,9 @@ def work(args):
   missing = [p for p in packages if importlib.util.find_spec(p) is None]
   if missing:
     return {"skipped": f"{' and '.join(missing)} not installed"}
-  need = copies * sum(ROWS) * args.dim * 4
+  if args.small_dim and args.worker != "recjax":
+    return {"skipped": "its tables have one dim"}
+  need = copies * sum(args.rows) * args.dim * 4
   have = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
   if need > have:
     return {"skipped": f"needs {need / 1e9:.0f} GB, {have / 1e9:.0f} GB free"}
@@ -104,6 +98,7 @@ def work(args):
 
 
 def version(*names):
+  """Returns the version of the first of these packages that is there."""
   for name in names:
     try:
       return importlib.metadata.version(name)
@@ -113,16 +108,15 @@ def version(*names):
 
 
 def run_worker(name, args, folder):
+  """Runs a contender; rivals in their own Python, which has no recjax."""
   rival = "torch" in CONTENDERS[name][1]
   command = [args.rivals_python if rival else sys.executable, __file__]
-  for field in ("dim", "batch", "batches", "warmup", "steps", "cores"):
-    command += [f"--{field}", str(getattr(args, field))]
-  command += ["--malloc", args.malloc, "--worker", name, "--folder", folder]
-  command += ["--device_share", str(args.device_share)]
-  command += ["--topology", args.topology]
-  command += ["--multi_hot"] * args.multi_hot
+  command += ["--worker", name, "--folder", folder]
+  environment = os.environ | ({"PYTHONPATH": str(ROOT)} if rival else {})
   try:
-    out = subprocess.run(command, capture_output=True, text=True)
+    out = subprocess.run(
+      command, capture_output=True, text=True, env=environment
+    )
   except OSError as e:
     return {"skipped": str(e)}
   if out.returncode:
@@ -133,10 +127,12 @@ def run_worker(name, args, folder):
 
 
 def compare(args):
+  """Runs all contenders in rounds: {name: its times, versions and notes}."""
   results = {name: {"seconds": []} for name in args.contenders}
   with tempfile.TemporaryDirectory() as folder:
     for i, array in enumerate(draw_batches(args)):
       np.save(Path(folder) / f"{i}.npy", array)
+    Path(folder, _SETTINGS).write_text(json.dumps(vars(args)))
     for r in range(args.rounds):
       start = r % len(args.contenders)
       for name in args.contenders[start:] + args.contenders[:start]:
@@ -157,6 +153,7 @@ def compare(args):
 
 
 def machine():
+  """Says what the figures were measured on."""
   cpu = platform.processor() or platform.machine()
   info = Path("/proc/cpuinfo")
   if info.exists():
@@ -174,6 +171,7 @@ def machine():
 
 
 def report(settings, results):
+  """Prints a table of contenders."""
   fbgemm = results.get("fbgemm", {}).get("samples_per_second")
   print(
     f"\ndim {settings['dim']}, batch {settings['batch']}, power law "
@@ -199,7 +197,8 @@ def report(settings, results):
       print(f"  {note}")
 
 
-def main():
+def parse():
+  """Parses the command line."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -208,6 +207,13 @@ def main():
   add("--batch", type=int, nargs="+", default=[2048, 8192])
   add("--exponent", type=float, default=1.05, help="of the ids' power law")
   add("--multi_hot", action="store_true", help="MLPerf's lookups of a table")
+  add(
+    "--mixed",
+    type=int,
+    default=0,
+    metavar="DIM",
+    help="of recjax's tables below 1,000 rows; 0 = --dim",
+  )
   add(
     "--device_share",
     type=float,
@@ -227,13 +233,23 @@ def main():
   add("--json", help="file to write")
   add("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
   add("--folder", help=argparse.SUPPRESS)
-  args = parser.parse_args()
-  args.hotness = MULTI_HOT if args.multi_hot else (1,) * len(ROWS)
-  args.lookups = sum(args.hotness)
+  return parser.parse_args()
+
+
+def main():
+  args = parse()
   if args.worker:
-    args.dim, args.batch = args.dim[0], args.batch[0]
-    print(json.dumps(work(args)))
+    told = json.loads(Path(args.folder, _SETTINGS).read_text())
+    told |= {"worker": args.worker, "folder": args.folder}
+    print(json.dumps(work(argparse.Namespace(**told))))
     return
+  from criteo_tables import MULTI_HOT
+
+  from recjax.data.criteo import KAGGLE_ROWS
+
+  args.rows, args.small_dim = KAGGLE_ROWS, args.mixed
+  args.hotness = MULTI_HOT if args.multi_hot else (1,) * len(args.rows)
+  args.lookups = sum(args.hotness)
   about = machine()
   print(", ".join(f"{k} {v}" for k, v in about.items()))
   runs = []
@@ -242,12 +258,13 @@ def main():
     results = compare(one)
     names = ("dim", "batch", "exponent", "lookups")
     names += ("cores", "rounds", "steps", "malloc")
-    names += ("device_share", "topology")
+    names += ("device_share", "topology", "mixed")
     settings = {k: getattr(one, k) for k in names}
     report(settings, results)
     runs.append({**settings, "results": results})
   if args.json:
-    Path(args.json).write_text(json.dumps({**about, "runs": runs}, indent=1))
+    text = json.dumps({**about, "runs": runs}, indent=1)
+    Path(args.json).write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ counter holds all that the processes send, the headers of TCP and IP included;
 payload is without them (66 bytes a packet). Let nothing else use the loopback
 meanwhile: the idle rate is printed too.
 
-The prediction is the plan's (`Plan.sent`), and beside it what does not belong
-to a row: the dense part's gradients, and the agreement on rounds. It assumes
-that an all-reduce or all-gather is a ring: each of n devices sends 2 (n-1)/n
-or (n-1)/n of the whole, as gloo's default does, and that an all-to-all sends
-each peer its part directly. XLA's CPU backend sends bfloat16 as float32 unless
-it is disguised as integers.
+The prediction is the plan's (`Prediction.sent`), and beside it what does not
+belong to a row: the dense part's gradients, and the agreement on rounds. It
+assumes that an all-reduce or all-gather is a ring: each of n devices sends
+2 (n-1)/n or (n-1)/n of the whole, as gloo's default does, and that an
+all-to-all sends each peer its part directly. XLA's CPU backend sends bfloat16
+as float32 unless it is disguised as integers.
 """
 
 import argparse
@@ -25,16 +25,16 @@ import sys
 import tempfile
 import time
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from recjax import config as config_lib
+from recjax.plan.plan import Plan
 
 _HEADERS = 66  # Ethernet, IPv4, TCP with timestamps
 _WARM_UP = 5
 CASES = {
-  "coalesced, hot all-reduced": {"plan.hot_sync": "dense"},
-  "coalesced, hot gathered": {"plan.hot_sync": "sparse"},
+  "coalesced, hot all-reduced": {"plan.hot_sync": "all_reduce"},
+  "coalesced, hot gathered": {"plan.hot_sync": "all_gather"},
   "coalesced in bfloat16, hot gathered": {
-    "plan.hot_sync": "sparse",
+    "plan.hot_sync": "all_gather",
     "embedding.exchange_dtype": "bfloat16",
   },
   "all rows hot, all-reduced": {"plan.hot_rows": 1 << 40},
@@ -54,15 +54,16 @@ CASES = {
     "plan.exchange": "two_stage",
     "plan.warm_copies": "node",
   },
-  "two tables pooled at their owners": {"plan.pooled": "C3,C12"},
+  "two tables pooled at their owners": {"plan.table_wise": "C3,C12"},
   "one table pooled, in bfloat16": {
-    "plan.pooled": "C3",
+    "plan.table_wise": "C3",
     "embedding.exchange_dtype": "bfloat16",
   },
 }
 
 
 def base_config(processes: int) -> config_lib.Config:
+  """What all cases share."""
   c = config_lib.Config()
   c.data.format = "synthetic"
   c.data.synthetic.samples = 300_000
@@ -73,14 +74,14 @@ def base_config(processes: int) -> config_lib.Config:
   c.mesh.devices = processes
   # Two tables with long bags, coalesced but in the cases that pool them.
   c.data.synthetic.hotness = (*[1, 1, 20], *[1] * 8, 8, *[1] * 14)
-  c.plan.pooled = "none"
+  c.plan.table_wise = "none"
   c.plan.hot_rows, c.plan.warm_rows = 2_000, 40_000
   c.train.batch_size = 8_192 * processes
   return c
 
 
 def transmitted() -> tuple[int, int]:
-  """(bytes, packets) that the loopback has sent."""
+  """Returns (bytes, packets) that the loopback has sent."""
   for line in pathlib.Path("/proc/net/dev").read_text().splitlines():
     name, _, counts = line.partition(":")
     if name.strip() == "lo":
@@ -89,49 +90,44 @@ def transmitted() -> tuple[int, int]:
   raise RuntimeError("/proc/net/dev has no loopback")
 
 
-def predict(plan, dense_words: int, rounds_agreed: bool) -> dict[str, float]:
+def predict(plan: Plan, dense_words: int, buckets: int) -> dict[str, float]:
   """Bytes that a device sends in a step, by kind; see the file's docstring.
 
   Args:
-    plan: see Plan.sent.
+    plan: whose prediction says most of it.
     dense_words: of the dense part's gradients, loss and count of rows.
-    rounds_agreed: whether a batch could overflow a buffer.
+    buckets: whose rounds are agreed on; 0 where no batch can overflow one.
   """
   n = plan.devices
-  sent = {k: v for k, v in plan.sent if k != "host"}
+  sent = {k: v for k, v in plan.prediction.sent if k != "host"}
   sent["dense gradients"] = 2 * 4 * dense_words * (n - 1) / n
-  if rounds_agreed:  # once by the devices, and once by the proxies
-    stages = 1 + (plan.capacity_far_warm + plan.capacity_far_cold > 0)
-    buckets = plan.warm_owners + n + 1
-    sent["agreement"] = stages * 2 * 4 * buckets * (n - 1) / n
+  if buckets:  # once by the devices, and once by the proxies
+    united = any(t.node_capacity for g in plan.groups for t in g.sharded)
+    sent["agreement"] = (1 + united) * 2 * 4 * buckets * (n - 1) / n
   return sent
 
 
-def work(index: int, count: int, args) -> None:
-  """One process; process 0 prints."""
-  import jax
-
+def counted() -> tuple[int, int]:
+  """Reads the counters while all processes rest."""
   from recjax import distributed
-  from recjax import mesh as mesh_lib
-  from recjax.data import batches
-  from recjax.embedding import exchange
-  from recjax.plan import positions
-  from recjax.training import evaluate, train
-  from recjax.training import step as step_lib
+
+  time.sleep(0.5)
+  text = distributed.from_first(lambda: "{} {}".format(*transmitted()))
+  size, packets = text.split()
+  return int(size), int(packets)
+
+
+def work(index: int, count: int, args) -> None:
+  """Runs all cases in one of the processes; process 0 prints."""
+  from synthetic_step import tiers_of
+
+  from recjax import jobs
 
   quiet = lambda _: None
   show = quiet if index else lambda line: print(line, flush=True)
-
-  def counted() -> tuple[int, int]:
-    """The counters while all processes rest."""
-    time.sleep(0.5)
-    text = distributed.from_first(lambda: "{} {}".format(*transmitted()))
-    size, packets = text.split()
-    return int(size), int(packets)
-
   workdir = pathlib.Path(args.workdir)
-  prepared = train.prepare(base_config(count), workdir, quiet)
-  size, packets = transmitted()
+  prepared = jobs.prepare(base_config(count), workdir, quiet)
+  size, _ = transmitted()
   time.sleep(2)
   idle = (transmitted()[0] - size) / 2
   show(f"{count} processes, {args.steps} steps; idle: {idle:,.0f} bytes/s")
@@ -143,51 +139,51 @@ def work(index: int, count: int, args) -> None:
     for path, value in changes.items():
       group, field = path.split(".")
       setattr(getattr(config, group), field, value)
-    plan = train.plan(config, prepared, workdir, quiet)
-    mesh = mesh_lib.make_mesh(count, plan.node_devices)
-    model, state = train._build(config, prepared, plan, mesh, args.steps)
-    words = 2 + sum(x.size for x in jax.tree.leaves(state.params))
-    local = config.train.batch_size // count
-    lookups = local * prepared.schema.columns
-    agreed = plan.hot < plan.rows or plan.hot_sync == "sparse"
-    agreed = agreed and not exchange.one_round(plan, lookups)
-    data = batches.dataset(
-      prepared,
-      "train",
-      local,
-      epochs=None,
-      process_index=index,
-      process_count=count,
-      positions_of=positions.from_ranks(plan, prepared.profile),
-    )
-    step = step_lib.make_train_step(model, mesh)
-    rounds = 0
-    for i in range(_WARM_UP + args.steps):
-      if i == _WARM_UP:
-        jax.block_until_ready(state)
-        before = counted()
-      batch = next(data)
-      batch.pop("mask")
-      state, out = step(state, evaluate.to_devices(batch, mesh))
-      rounds = max(rounds, int(out["rounds"]))
-    jax.block_until_ready(state)
-    after = counted()
-    size, packets = (
-      (b - a) / args.steps / count for a, b in zip(before, after, strict=True)
-    )
-    payload = size - packets * _HEADERS
-    sent = predict(plan, words, agreed)
-    total = sum(sent.values())
-    show(f"{name}: {plan.hot:,} hot, {plan.warm:,} warm, {plan.cold:,} cold")
-    for kind, x in sent.items():
-      show(f"  {kind:16} {x:14,.0f}")
-    show(
-      f"  {'predicted':16} {total:14,.0f}\n"
-      f"  {'payload':16} {payload:14,.0f}  {payload / total - 1:+.2%}\n"
-      f"  {'on the wire':16} {size:14,.0f}  {size / total - 1:+.2%}"
-      f"  in {packets:,.0f} packets; rounds {rounds}"
-    )
-    del state
+    plan, _ = jobs.plan(config, prepared, workdir, quiet)
+    lines = measure(config, prepared, plan, args.steps)
+    show("\n".join([f"{name}: {tiers_of(plan)}", *lines]))
+
+
+def measure(config, prepared, plan: Plan, steps: int) -> list[str]:
+  """Trains some steps; returns the lines to print of what was sent."""
+  import jax
+
+  from recjax.embedding import exchange
+  from recjax.embedding.buckets import buckets_of
+  from recjax.training import inputs
+  from recjax.training.build import build
+
+  run = build(config, prepared, plan)
+  state = run.state
+  words = 2 + sum(x.size for x in jax.tree.leaves(state.params))
+  local = inputs.local_batch(config)
+  lookups = [local * g.lookups for g in run.spec.embedding.groups]
+  agreed = not exchange.one_round(plan, lookups)
+  data = inputs.batches(run, prepared, "train", local, epochs=None)
+  rounds, before = 0, (0, 0)
+  for i in range(_WARM_UP + steps):
+    if i == _WARM_UP:
+      jax.block_until_ready(state)
+      before = counted()
+    batch = next(data)
+    batch.pop("mask")
+    state, out = run.step(state, inputs.to_devices(batch, run.mesh))
+    rounds = max(rounds, int(out["rounds"]))
+  jax.block_until_ready(state)
+  size, packets = (
+    (b - a) / steps / plan.devices
+    for a, b in zip(before, counted(), strict=True)
+  )
+  payload = size - packets * _HEADERS
+  sent = predict(plan, words, agreed * len(buckets_of(plan).capacity))
+  total = sum(sent.values())
+  return [
+    *(f"  {kind:20} {x:14,.0f}" for kind, x in sent.items()),
+    f"  {'predicted':20} {total:14,.0f}",
+    f"  {'payload':20} {payload:14,.0f}  {payload / total - 1:+.2%}",
+    f"  {'on the wire':20} {size:14,.0f}  {size / total - 1:+.2%}"
+    f"  in {packets:,.0f} packets; rounds {rounds}",
+  ]
 
 
 def main() -> None:

@@ -1,17 +1,28 @@
 """Rates of a topology, refined by whole train steps; see calibrate.py."""
 
+import concurrent.futures
 import dataclasses
-import pathlib
-import sys
+import os
 from typing import NamedTuple
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-
 import numpy as np
-from synthetic_step import LARGE, Run, Setting, draw, problem_of, times_of
+from jax.sharding import Mesh
+from synthetic_step import (
+  LARGE,
+  Run,
+  Setting,
+  draw,
+  plan_of,
+  problems_of,
+  tiers_of,
+  times_of,
+)
 
-from recjax.planner import solve as solve_lib
-from recjax.planner import step_cost, topology
+from recjax.plan.plan import HOT, WARM
+from recjax.planner import step_cost
+from recjax.planner.problem import Cuts
+from recjax.planner.topology import Topology
+from recjax.planner.traffic import Part
 
 # Whole steps that the rates are refined by: none that bench_choice.py runs.
 _TABLES = (400_000, 90_000, 40_000, 9_000, 2_000, 500, 100, 20)
@@ -19,17 +30,17 @@ STEPS = (
   Setting((1_000,) * 8, 1.05, 16, 512, 1.0),  # mostly latencies
   Setting(_TABLES, 1.1, 16, 8_192, 1.0),
   Setting(_TABLES, 1.1, 64, 2_048, 1.0, "adagrad"),
-  Setting(_TABLES, 1.25, 32, 4_096, 1.0, "sgd", layers=LARGE),
+  Setting(_TABLES, 1.25, 32, 4_096, 1.0, "sgd", model=LARGE),
   Setting(_TABLES, 1.1, 32, 1_024, 1.0, hotness=(1, 1, 30, 2, 10, 1, 4, 1)),
 )
 # Hot rows, whether the others are warm, how hot gradients meet.
 CUTS = (
-  (0, True, "dense"),
-  (0, False, "dense"),
-  (400, True, "dense"),
-  (400, False, "dense"),
-  (6_000, True, "sparse"),
-  (40_000, True, "dense"),
+  (0, True, "all_reduce"),
+  (0, False, "all_reduce"),
+  (400, True, "all_reduce"),
+  (400, False, "all_reduce"),
+  (6_000, True, "all_gather"),
+  (40_000, True, "all_reduce"),
 )
 # What steps are made of.
 LATENCIES = (
@@ -41,11 +52,12 @@ RATES = (
   *("matmul_float32", "link", "ring", "host_gather", "host_link"),
 )
 FITTED = LATENCIES + RATES
+_COMPILE = max(1, min(6, (os.cpu_count() or 1) // 2))  # steps at once
 _TRUST = 0.02  # of a rate's own measurement against the steps'; see refined
 
 
-def scaled(t: topology.Topology, field: str, factor: float):
-  """t, where what the field stands for takes `factor` times as long."""
+def scaled(t: Topology, field: str, factor: float) -> Topology:
+  """Returns t where what the field stands for takes `factor` times as long."""
   value = getattr(t, field)
   slower = value * factor if field in LATENCIES else value / factor
   return dataclasses.replace(t, **{field: slower})
@@ -54,46 +66,69 @@ def scaled(t: topology.Topology, field: str, factor: float):
 class Timed(NamedTuple):
   """A train step: what it asks for, and how long it took."""
 
-  work: step_cost.Work
-  load: step_cost.Load
+  part: Part
   seconds: float
 
 
-def timed_steps(mesh, t: topology.Topology) -> list[Timed]:
-  """STEPS under all CUTS, medians of rounds over the plans of a setting."""
-  n, times, found = mesh.devices.size, times_of(mesh), []
+def timed_steps(mesh: Mesh, t: Topology, cold: bool = True) -> list[Timed]:
+  """Times STEPS under all CUTS; without `cold` those that have no cold rows.
+
+  Returns:
+    Medians of rounds over the plans of a setting.
+  """
+  found = []
   for setting in STEPS:
-    setting = setting.times(times)
-    problem = problem_of(setting, t, n)
-    rows, stored = problem.spectrum.rows, problem.work.stored
-    runs, loads = [], []
-    for hot, warm, sync in CUTS:
-      plan = solve_lib.solve(
-        problem,
-        hosts=1,
-        device_bytes=2 * rows * stored,
-        host_bytes=2 * rows * stored,
-        hot_rows=times * hot,
-        warm_rows=rows if warm else 0,
-        syncs=(sync,),
-        pooled=(),
-      )
-      runs.append(Run(setting, plan, mesh))
-      loads.append(problem.load_of_cuts(plan.hot, plan.warm_end, sync))
+    setting = setting.times(times_of(mesh))
+    runs, parts = _runs(setting, mesh, t, cold)
     drawn = draw(setting, mesh, 4)
     for run in runs:
       run.start(drawn)
     for _ in range(8):
       for run in runs:
         run.steps(3)
-    for run, load in zip(runs, loads, strict=True):
+    for run, part in zip(runs, parts, strict=True):
       run.stop()
-      found.append(Timed(problem.work, load, float(np.median(run.seconds))))
+      found.append(Timed(part, float(np.median(run.seconds))))
+      (group,) = run.plan.groups
+      print(
+        f"{setting}: {tiers_of(run.plan)} ({group.hot_sync}): "
+        f"{1e3 * found[-1].seconds:.3f} ms",
+        flush=True,
+      )
   return found
 
 
-def refined(t: topology.Topology, steps: list[Timed]) -> topology.Topology:
-  """Rates that whole train steps show, near those of single operations.
+def _runs(
+  setting: Setting, mesh: Mesh, t: Topology, cold: bool
+) -> tuple[list[Run], list[Part]]:
+  """Compiles a setting's steps; returns them and what they ask for."""
+  problems = problems_of(setting, t, mesh.devices.size)
+  (problem,) = problems
+  runs, parts = [], []
+  for hot, warm, hot_sync in CUTS:
+    if not (warm or cold):
+      continue
+    plan = plan_of(
+      setting,
+      problems,
+      2.0,
+      hot_rows=times_of(mesh) * hot,
+      warm_rows=problem.profile.rows if warm else 0,
+      hot_syncs=(hot_sync,),
+      table_wise=(),
+    )
+    (group,) = plan.groups
+    cuts = Cuts(
+      group.rows_of(HOT), group.rows_of(HOT) + group.rows_of(WARM), hot_sync
+    )
+    runs.append(Run(setting, plan, mesh))
+    parts.append(Part(problem.shape, problem.traffic(cuts)))
+  with concurrent.futures.ThreadPoolExecutor(_COMPILE) as pool:
+    return list(pool.map(Run.compile, runs)), parts
+
+
+def refined(t: Topology, steps: list[Timed]) -> Topology:
+  """Returns rates that whole train steps show, near those of operations.
 
   The model of a step (planner/step_cost.py) is a sum of terms, each as long as
   one rate says. The factors f of the rates minimise the squares of the relative
@@ -101,8 +136,8 @@ def refined(t: topology.Topology, steps: list[Timed]) -> topology.Topology:
   run in another neighbourhood than alone.
   """
 
-  def took(t, step):
-    return float(sum(step_cost.step_seconds(step.work, t, step.load).values()))
+  def took(t: Topology, step: Timed) -> float:
+    return float(sum(step_cost.step_seconds([step.part], t).values()))
 
   slower = [scaled(t, f, 2.0) for f in FITTED]
   terms = [[took(x, step) - took(t, step) for x in slower] for step in steps]

@@ -1,40 +1,49 @@
 """Train steps on ids drawn from power laws, for measurements.
 
-What bench_choice.py and calibrate.py run: DLRM of a setting, under any plan.
+A `Setting` is a model and its tables, a `Run` its compiled train step under a
+plan: what bench_step.py, bench_choice.py, refine.py and bench_dcnv2.py time.
 """
 
 import dataclasses
-import pathlib
-import sys
 import time
-from typing import NamedTuple
-
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from criteo_tables import names
+from jax.sharding import Mesh
 
 from recjax import config as config_lib
-from recjax.embedding import optimizers, tables
+from recjax.embedding import optimizers
+from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
-from recjax.mesh import batch_sharding, replicated
-from recjax.models import dlrm
+from recjax.mesh import batch_sharding
+from recjax.models import build as models
 from recjax.plan import positions
-from recjax.plan.plan import Plan
-from recjax.planner import buffer_sizes, frequency_buckets, step_cost, topology
+from recjax.plan.plan import TIERS, Plan
+from recjax.planner import buffer_sizes, frequency_buckets
 from recjax.planner import solve as solve_lib
-from recjax.planner.cut_points import Problem
-from recjax.schema import Feature
-from recjax.training import step as step_lib
+from recjax.planner.problem import Problem, make_problem
+from recjax.planner.topology import Topology
+from recjax.schema import Feature, TableGroup, TableSpec, groups_of
+from recjax.training.state import StepSpec, TrainState, first_state
+from recjax.training.step import lower
 
 DENSE = 13  # numeric inputs
-SMALL, LARGE = ((64, 32), (64, 32)), ((512, 256, 64), (512, 256))
+LEARNING_RATE = 0.02
+INIT_SCALE = 0.05
+SMALL_TABLE = 1_000  # rows; below, tables have Setting.small_dim
+SMALL = config_lib.Model(bottom=(64, 32), top=(64, 32))
+LARGE = config_lib.Model(bottom=(512, 256, 64), top=(512, 256))
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
+  """A model, its tables, and ids whose probability falls as a power law."""
+
   tables: tuple[int, ...]  # rows
   exponent: float
   dim: int
@@ -42,12 +51,13 @@ class Setting:
   share: float  # of all rows, what a device's budget holds
   optimizer: str = "rowwise_adagrad"
   wire: str = "float32"
-  layers: tuple = SMALL  # of the model: (bottom, top)
+  model: config_lib.Model = dataclasses.field(default_factory=lambda: SMALL)
   hotness: tuple[int, ...] = ()  # lookups of a sample by table; () = one each
   node_devices: int = 0  # 0 = one node
+  small_dim: int = 0  # of tables below 1,000 rows; 0 = dim
 
-  def __str__(self):
-    size = "small" if self.layers == SMALL else "large"
+  def __str__(self) -> str:
+    size = "small" if self.model == SMALL else "large"
     return (
       f"{len(self.tables)} tables, {sum(self.tables):,} rows, exponent "
       f"{self.exponent}, dim {self.dim}, batch {self.batch:,}, a device holds "
@@ -63,128 +73,239 @@ class Setting:
 
   @property
   def features(self) -> tuple[Feature, ...]:
-    names = [f"C{i}" for i in range(len(self.tables))]
-    return tuple(map(Feature, names, names, self.hotness or (1,) * len(names)))
+    """One a table, of its name."""
+    found = names(len(self.tables))
+    return tuple(map(Feature, found, found, self.hotness or (1,) * len(found)))
+
+  @property
+  def groups(self) -> tuple[TableGroup, ...]:
+    """The tables by dim."""
+    small = self.small_dim or self.dim
+    return groups_of(
+      TableSpec(
+        f.name,
+        small if rows < SMALL_TABLE else self.dim,
+        optimizer=self.optimizer,
+        learning_rate=LEARNING_RATE,
+      )
+      for f, rows in zip(self.features, self.tables, strict=True)
+    )
+
+  @property
+  def inputs(self) -> dict[str, tuple[int, int]]:
+    """What the model takes of each feature: (1, its table's dim)."""
+    dims = {name: g.dim for g in self.groups for name in g.tables}
+    return {f.name: (1, dims[f.table]) for f in self.features}
 
 
-def times_of(mesh) -> int:
+def times_of(mesh: Mesh) -> int:
   """How much larger the work is that an accelerator is measured with."""
   return 1 if mesh.devices.flat[0].platform == "cpu" else 8
 
 
-def problem_of(setting: Setting, t: topology.Topology, devices: int) -> Problem:
-  """Of a mesh whose network is as fast as its links."""
-  names = [f.name for f in setting.features]
-  hotness = [f.hotness for f in setting.features]
-  named = map(frequency_buckets.Table, names, setting.tables, hotness)
-  bottom, top = setting.layers
+# ---- Plans
+
+
+def problems_of(setting: Setting, t: Topology, devices: int) -> list[Problem]:
+  """The problem of each group, on a mesh whose network is as fast as links."""
   if setting.node_devices:
     t = dataclasses.replace(t, node_devices=setting.node_devices)
-  return solve_lib.make_problem(
-    frequency_buckets.power_law(tuple(named), setting.exponent),
-    devices=devices,
-    batch_size=setting.batch,
-    lookups=sum(hotness),
-    dim=setting.dim,
-    dtype="float32",
-    slot_bytes=optimizers.slot_bytes(setting.optimizer, setting.dim),
-    topology=t,
-    exchange_dtype=setting.wire,
-    dense=step_cost.dense_model(
-      "dlrm", bottom, top, DENSE, len(names), setting.dim
-    ),
+  dense = models.cost(setting.model, DENSE, setting.inputs, setting.dim)
+  tables = {
+    f.name: frequency_buckets.Table(f.name, rows, f.hotness)
+    for f, rows in zip(setting.features, setting.tables, strict=True)
+  }
+  problems = []
+  for group in setting.groups:
+    own = tuple(tables[name] for name in group.tables)
+    problems.append(
+      make_problem(
+        frequency_buckets.power_law(own, setting.exponent),
+        devices=devices,
+        batch_size=setting.batch,
+        lookups=sum(x.hotness for x in own),
+        dim=group.dim,
+        dtype=group.dtype,
+        slot_bytes=optimizers.slot_bytes(group.optimizer, group.dim),
+        topology=t,
+        exchange_dtype=setting.wire,
+        dense=None if problems else dense,
+        compute_dtype=setting.model.compute_dtype,
+      )
+    )
+  return problems
+
+
+def plan_of(
+  setting: Setting, problems: Sequence[Problem], share: float, **options: Any
+) -> Plan:
+  """Plans where a device's budget holds this share of all rows.
+
+  Args:
+    setting: whose tables they are.
+    problems: of `problems_of`.
+    share: of the bytes of all rows and slot variables; a host holds all twice.
+    **options: of `planner.solve.solve`: given cuts, what to choose from.
+  """
+  stored = sum(p.profile.rows * p.shape.stored_bytes for p in problems)
+  return solve_lib.solve(
+    problems,
+    setting.groups,
+    hosts=1,
+    device_bytes=int(share * stored),
+    host_bytes=2 * stored,
+    **options,
   )
 
 
-class Drawn(NamedTuple):
-  batches: list  # of ranks, on the mesh
+def tiers_of(plan: Plan) -> str:
+  """Says how many rows of all groups are in each tier."""
+  found = dict.fromkeys(TIERS, 0)
+  for report in plan.prediction.tiers:
+    found[report.tier] += report.rows
+  return ", ".join(f"{n:,} {tier}" for tier, n in found.items()) + " rows"
+
+
+# ---- Ids
+
+
+class Ranks(NamedTuple):
+  """A setting's rows in one order, most used first, as prepared data has it."""
+
+  ids: np.ndarray  # [R] int32: the rank of each row, table after table
+  first: np.ndarray  # [S]: where each lookup's table begins in ids
   profile: Profile  # of which only the tables of rows are true
 
+  def of(self, ids: np.ndarray) -> np.ndarray:
+    """Turns rows of tables, [..., S] from 0 each, into ranks, int32."""
+    return self.ids[self.first + ids]
 
-def draw(setting: Setting, mesh, count: int) -> Drawn:
-  """Batches from the power laws that the spectrum is of."""
-  rng = np.random.default_rng(0)
-  features = setting.features
+
+def probabilities(setting: Setting) -> list[np.ndarray]:
+  """Of the rows of each table, in a lookup: [rows] float64, falling."""
   p = [np.arange(1, r + 1.0) ** -setting.exponent for r in setting.tables]
-  p = [x / x.sum() for x in p]
+  return [x / x.sum() for x in p]
+
+
+def rank_rows(setting: Setting) -> Ranks:
+  """Ranks rows by the probability that a sample touches them."""
   touched = [
     buffer_sizes.bag_probability(x, f.hotness)
-    for x, f in zip(p, features, strict=True)
+    for x, f in zip(probabilities(setting), setting.features, strict=True)
   ]
   order = np.argsort(-np.concatenate(touched), kind="stable")
   rank = np.empty(len(order), np.int32)
   rank[order] = np.arange(len(order), dtype=np.int32)
   first = np.cumsum([0, *setting.tables[:-1]])
-  table = np.repeat(np.arange(len(p), dtype=np.int16), setting.tables)[order]
+  first = np.repeat(first, [f.hotness for f in setting.features])
+  whose = np.arange(len(setting.tables), dtype=np.int16)
+  table = np.repeat(whose, setting.tables)[order]
+  tables = tuple(f.table for f in setting.features)
+  profile = Profile(1, tables, np.ones(len(table), np.int64), table)
+  return Ranks(rank, first, profile)
+
+
+class Drawn(NamedTuple):
+  """Batches whose ids are ranks, on a mesh."""
+
+  batches: list
+  profile: Profile
+
+
+def draw(setting: Setting, mesh: Mesh, count: int) -> Drawn:
+  """Draws batches from exactly the power laws that are planned for.
+
+  data.power_law.ranks rounds a continuous law instead: its hottest rows have
+  other probabilities.
+  """
+  rng = np.random.default_rng(0)
+  ranks, p = rank_rows(setting), probabilities(setting)
   batches = []
   for _ in range(count):
     ids = [
-      start
-      + np.searchsorted(
-        np.cumsum(x)[:-1], rng.random((setting.batch, f.hotness))
-      )
-      for start, x, f in zip(first, p, features, strict=True)
+      np.searchsorted(np.cumsum(x)[:-1], rng.random((setting.batch, f.hotness)))
+      for x, f in zip(p, setting.features, strict=True)
     ]
     batch = {
       "label": (rng.random(setting.batch) < 0.25).astype(np.float32),
       "dense": rng.random((setting.batch, DENSE), np.float32),
-      "ids": rank[np.concatenate(ids, axis=1)],
+      "ids": ranks.of(np.concatenate(ids, axis=1)),
     }
     batches.append(jax.device_put(batch, batch_sharding(mesh)))
-  names = tuple(f.name for f in features)
-  return Drawn(batches, Profile(1, names, np.ones(len(table), np.int64), table))
+  return Drawn(batches, ranks.profile)
+
+
+# ---- Steps
+
+
+def spec_of(
+  plan: Plan,
+  features: tuple[Feature, ...],
+  apply: Callable,
+  dense_optimizer: optax.GradientTransformation,
+  wire: str = "float32",
+) -> StepSpec:
+  """The static part of a step whose rows' optimizers are the plan's."""
+  of_rows = {
+    g.name: optimizers.OPTIMIZERS[g.optimizer](LEARNING_RATE)
+    for g in plan.groups
+  }
+  embedding = make_embedding(plan, features, of_rows, wire_dtype=wire)
+  return StepSpec(apply, embedding, dense_optimizer)
+
+
+def summed(params, dense, activations, masks) -> jax.Array:
+  """The model without layers: all activations' sum, times params["scale"]."""
+  del dense, masks
+  x = jnp.concatenate(list(activations.values()), axis=1)  # [b, F, d]
+  return params["scale"] * jnp.sum(x, axis=(1, 2))
 
 
 class Run:
   """A plan's compiled train step and, between start and stop, its state."""
 
-  def __init__(self, setting: Setting, plan: Plan, mesh):
-    self.plan, self.mesh = plan, mesh
-    bottom, top = setting.layers
-    self.params, apply = dlrm.build(
-      config_lib.Model(bottom=bottom, top=top),
-      DENSE,
-      len(setting.features),
-      setting.dim,
-      0,
+  def __init__(self, setting: Setting, plan: Plan, mesh: Mesh):
+    self.setting, self.plan, self.mesh = setting, plan, mesh
+    self.params, apply = models.build(
+      setting.model, DENSE, setting.inputs, setting.dim, 0
     )
-    self.model = step_lib.Model(
-      apply=apply,
-      features=setting.features,
-      dense_optimizer=optax.adagrad(0.01, 0.0, 1e-8),
-      sparse_optimizer=optimizers.OPTIMIZERS[setting.optimizer](0.01),
-      plan=plan,
-      exchange_dtype=jnp.dtype(setting.wire),
-      seed=0,
+    dense_optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
+    self.spec = spec_of(
+      plan, setting.features, apply, dense_optimizer, setting.wire
     )
-    lowered, _ = step_lib.lower(self.model, mesh, self.params, DENSE)
-    self.step = lowered.compile()
+    self.lowered, _ = lower(self.spec, mesh, self.params, DENSE)
     self.seconds, self.rounds = [], 0
 
-  def initial(self):
-    opt_state = self.model.dense_optimizer.init(self.params)
-    dense = (np.int32(0), self.params, opt_state)
-    rows = tables.init(
-      self.plan, self.model.sparse_optimizer, self.mesh, 0.05, 0
-    )
-    return step_lib.TrainState(
-      *jax.device_put(dense, replicated(self.mesh)), rows
-    )
+  def compile(self) -> "Run":
+    """Compiles the step; returns the run."""
+    self.step = self.lowered.compile()
+    return self
 
-  def start(self, drawn: Drawn):
+  def initial(self) -> TrainState:
+    """Makes a new state on the mesh."""
+    return first_state(self.spec, self.mesh, self.params, INIT_SCALE)
+
+  def start(self, drawn: Drawn) -> None:
+    """Makes the state, and the batches as this plan's positions."""
     self.state, self.batches = self.initial(), drawn.batches
-    to_positions = positions.from_ranks(self.plan, drawn.profile)
-    if to_positions:
+    where = positions.of_batches(
+      self.plan, drawn.profile, self.setting.features
+    )
+    if where:
       self.batches = [dict(x) for x in self.batches]
       for x in self.batches:
-        ids = to_positions(np.asarray(x["ids"]))
+        ids = where.of_batch(np.asarray(x["ids"]))
         x["ids"] = jax.device_put(ids, batch_sharding(self.mesh))
 
-  def stop(self):
+  def stop(self) -> None:
+    """Frees the state."""
     del self.state, self.batches
 
-  def steps(self, timed: int):
-    """One more step comes first, as another plan has left the caches."""
+  def steps(self, timed: int) -> None:
+    """Times steps.
+
+    One more comes first, as another plan has left the caches.
+    """
     for i in range(timed + 1):
       begin = time.perf_counter()
       batch = self.batches[i % len(self.batches)]
