@@ -1,4 +1,4 @@
-"""Each optimizer against numpy written from the papers' communication."""
+"""Each optimizer against numpy written from the papers' formulas."""
 
 import jax
 import numpy as np

@@ -1,12 +1,18 @@
 """Bags pooled at their tables' owners give what one dense table gives."""
 
+import dataclasses
+
 import dense_reference as dense
 import helpers
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from helpers_step import big_group, check_in_place
+from helpers_step import big_group, check_in_place, compiled_step
 
 from recjax.plan.plan import Plan
-from recjax.schema import Feature
+from recjax.planner import compiled_collectives, frequency_buckets, solve
+from recjax.planner.problem import make_problem
+from recjax.schema import Feature, TableGroup
 
 ROWS = 203
 FEATURES = (
@@ -111,6 +117,72 @@ def test_groups_with_tables_of_their_own_equal_dense_tables(
   plan = plan_of(case, devices, tiers, capacity, owners, padding)
   assert [bool(g.table_wise) for g in plan.groups] == [True, owners != "one"]
   dense.check(case, plan, overflows=capacity == 1)
+
+
+# ---- What travels
+
+
+def planned(devices, dtype) -> Plan:
+  """A plan of counted rows, some hot, and one round for any batch."""
+  profile = dense.profile_of(case_of("adagrad"))
+  counts = np.maximum(2_000 // np.arange(1, ROWS + 1), 1)
+  profile = dataclasses.replace(profile, samples=1_000, counts=counts)
+  problem = make_problem(
+    frequency_buckets.of_profile(profile, (1, 7, 3, 2, 1), (1, 2, 1, 0, 1)),
+    devices=devices,
+    batch_size=max(dense.BATCH, devices),
+    lookups=14,
+    dim=8,
+    dtype="float32",
+    slot_bytes=4 * 8,
+    exchange_dtype=dtype,
+  )
+  group = TableGroup("g", tuple("abcde"), 8, "float32", "adagrad", 0.1)
+  return solve.solve(
+    [problem],
+    [group],
+    hosts=1,
+    device_bytes=1 << 30,
+    host_bytes=1 << 30,
+    hot_rows=6,
+    warm_rows=100,
+    capacity=ROWS,
+    table_wise=("b", "c"),
+  )
+
+
+def check_sent(devices, dtype):
+  """What a plan sends of rows and vectors equals the collectives' bytes."""
+  plan = planned(devices, dtype)
+  assert [name for name, _ in plan.groups[0].table_wise] == ["b", "c"]
+  step, _ = compiled_step(
+    case_of("adagrad"),
+    plan,
+    options=helpers.FAST,
+    wire_dtype=jnp.dtype(dtype),
+  )
+  sent = dict(plan.prediction.sent)
+  want = sum(sent[k] for k in sent if k not in ("host", "hot gradients"))
+  assert sent["table-wise ids"] > 0
+  found = compiled_collectives.of_step(step.as_text(), devices)
+  kinds = ("all-to-all", "collective-permute")
+  got = sum(c.sent(devices) for c in found if c.kind in kinds)
+  assert got == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("devices", "dtype"), [(2, "float32"), (8, "bfloat16")]
+)
+def test_the_compiled_step_sends_what_the_plan_says(devices, dtype):
+  check_sent(devices, dtype)
+
+
+@pytest.mark.slow
+def test_on_64_devices():
+  helpers.on_64_devices(__file__, "t.check_sent(64, 'float32')")
+
+
+# ---- What it costs
 
 
 def test_tables_are_updated_in_place():

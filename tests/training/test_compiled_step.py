@@ -9,7 +9,7 @@ import pytest
 from helpers_step import big_group, check_in_place, compiled_step
 
 from recjax.plan.plan import Plan
-from recjax.planner import compiled_collectives
+from recjax.planner import compiled_collectives, traffic
 from recjax.schema import DEVICE, Feature
 
 DIM = 8
@@ -157,3 +157,47 @@ def test_buffers_on_the_wire_are_those_of_the_plan(case, g, way):
     if c.kind != "all-reduce" and not c.repeated
   ]
   assert sorted(found) == sorted(wanted_exchanges(plan))
+
+
+@pytest.mark.parametrize(("g", "way"), WAYS[1:])
+@pytest.mark.parametrize("case", [case_of("sgd"), TWO], ids=["one", "two"])
+def test_the_planner_knows_what_crosses_the_network(case, g, way):
+  """Bytes between nodes, of requests, rows and gradients."""
+  plan = big_plan(case, 1_000_000, "mixed", g, **BUFFERS, **way)
+  step, _ = compiled_step(case, plan, options=helpers.FAST)
+  crossing = sum(
+    c.sent(8, g)
+    for c in compiled_collectives.of_step(step.as_text(), 8)
+    if c.kind != "all-reduce" and not c.repeated
+  )
+  sent = traffic.network_bytes([part_of(group, plan) for group in plan.groups])
+  sent.pop("hot gradients")  # all-reduced
+  assert crossing == pytest.approx(sum(sent.values()))
+
+
+def part_of(group, plan) -> traffic.Part:
+  """What the planner is told of a group's buffers."""
+  row = 4 * group.dim
+  shape = traffic.StepShape(
+    8,
+    plan.batch_size,
+    3,
+    group.dim,
+    row,
+    row,
+    row,
+    node_devices=plan.node_devices,
+  )
+  warm, cold = group.sharded
+  between = lambda t: t.node_capacity * plan.nodes or None
+  return traffic.Part(
+    shape,
+    traffic.Traffic(
+      hot=0.0,
+      warm=warm.owners * warm.capacity,
+      cold=cold.owners * cold.capacity,
+      inter_node_warm=between(warm),
+      inter_node_cold=between(cold),
+      copies=warm.axes == (DEVICE,),
+    ),
+  )
