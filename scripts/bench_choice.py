@@ -23,19 +23,21 @@ from typing import Any
 import calibrate
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from synthetic_step import (
   LARGE,
+  Ranks,
   Run,
   Setting,
   draw,
   plan_of,
   problems_of,
+  rank_rows,
   tiers_of,
   times_of,
 )
 
 from recjax import malloc
+from recjax.frequency import Profile
 from recjax.mesh import make_mesh, simulate_devices
 from recjax.plan import layout
 from recjax.plan.plan import HOT, WARM, Plan
@@ -90,9 +92,11 @@ def options(setting: Setting, problem: Problem) -> list[dict[str, Any]]:
   return [{"hot_syncs": (hot_sync,)} for hot_sync in HOT_SYNCS]
 
 
-def sweep(setting: Setting, t: Topology, devices: int) -> list[Plan]:
+def sweep(
+  setting: Setting, profile: Profile, t: Topology, devices: int
+) -> list[Plan]:
   """Returns the planner's choice, then others that fit, none twice."""
-  problems = problems_of(setting, t, devices)
+  problems = problems_of(setting, profile, t, devices)
   (problem,) = problems
   rows = problem.profile.rows
   fit = int(setting.share * rows)
@@ -129,17 +133,20 @@ def key(plan: Plan) -> tuple:
 # ---- Settings, one after the other
 
 
-def compile_all(setting: Setting, t: Topology, mesh: Mesh) -> list[Run]:
+def compile_all(
+  setting: Setting, profile: Profile, t: Topology, devices: int
+) -> list[Run]:
   """Compiles the step of every plan of the sweep."""
-  devices = mesh.devices.size
   mesh = make_mesh(devices, setting.node_devices)
-  plans = sweep(setting, t, devices)
+  plans = sweep(setting, profile, t, devices)
   return [Run(setting, plan, mesh).compile() for plan in plans]
 
 
-def time_all(setting: Setting, runs: list[Run], seconds: float) -> None:
+def time_all(
+  setting: Setting, ranks: Ranks, runs: list[Run], seconds: float
+) -> None:
   """Times the runs in rounds, for at least so long."""
-  drawn = draw(setting, runs[0].mesh, 8)
+  drawn = draw(setting, ranks, runs[0].mesh, 8)
   for run in runs:
     run.start(drawn)
   end = time.perf_counter() + seconds
@@ -172,13 +179,13 @@ def show(setting: Setting, run: Run, seconds: float, terms: bool) -> None:
     print(f"         {', '.join(found)}")
 
 
-def compare(setting: Setting, runs: list[Run], args):
+def compare(setting: Setting, ranks: Ranks, runs: list[Run], args):
   """Times a setting's plans and prints how the choice does.
 
   Returns:
     (predicted / measured of the choice, choice / best, the same unbiased).
   """
-  time_all(setting, runs, args.seconds)
+  time_all(setting, ranks, runs, args.seconds)
   times = [float(np.median(run.seconds)) for run in runs]
   ratios = [
     run.plan.prediction.step_seconds / x
@@ -223,9 +230,10 @@ def main() -> None:
   fit = [i for i, x in enumerate(SETTINGS) if x.node_devices < args.devices]
   for i in args.only or fit:
     setting = SETTINGS[i].times(times_of(mesh))
-    runs = compile_all(setting, t, mesh)
+    ranks = rank_rows(setting)
+    runs = compile_all(setting, ranks.profile, t, args.devices)
     print(f"[{time.perf_counter() - begin:.0f} s] {i}: {setting}")
-    found.append(compare(setting, runs, args))
+    found.append(compare(setting, ranks, runs, args))
     del runs  # XLA:CPU maps memory for each program, and there is a limit
   ratios, *losses = map(np.array, zip(*found, strict=True))
   near = int(np.sum(abs(ratios - 1) <= 0.25))

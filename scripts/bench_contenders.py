@@ -33,10 +33,10 @@ def recjax_step(data, args):
     problems_of,
     rank_rows,
     tiers_of,
+    topology_here,
   )
 
   from recjax.mesh import batch_sharding, make_mesh
-  from recjax.planner import presets
 
   setting = Setting(
     tuple(args.rows),
@@ -48,17 +48,15 @@ def recjax_step(data, args):
     hotness=tuple(args.hotness),
     small_dim=args.small_dim,
   )
-  if args.topology:
-    topology = presets.get(args.topology, 1)
-  else:
-    topology = presets.of_device(jax.devices()[0].device_kind, 1, 1)
-  plan = plan_of(setting, problems_of(setting, topology, 1), setting.share)
+  ranks = rank_rows(setting)
+  topology = topology_here(args.topology)
+  problems = problems_of(setting, ranks.profile, topology, 1)
+  plan = plan_of(setting, problems, setting.share)
   print(
     f"{tiers_of(plan)}, predicted "
     f"{1e3 * plan.prediction.step_seconds:.1f} ms a step"
   )
   mesh = make_mesh(1)
-  ranks = rank_rows(setting)
   batches = [
     jax.device_put(
       {"dense": d, "ids": ranks.of(i), "label": y}, batch_sharding(mesh)

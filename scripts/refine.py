@@ -14,13 +14,14 @@ from synthetic_step import (
   draw,
   plan_of,
   problems_of,
+  rank_rows,
   tiers_of,
   times_of,
 )
 
 from recjax.plan.plan import HOT, WARM
 from recjax.planner import step_cost
-from recjax.planner.problem import Cuts
+from recjax.planner.problem import Cuts, Problem
 from recjax.planner.topology import Topology
 from recjax.planner.traffic import Part
 
@@ -79,8 +80,10 @@ def timed_steps(mesh: Mesh, t: Topology, cold: bool = True) -> list[Timed]:
   found = []
   for setting in STEPS:
     setting = setting.times(times_of(mesh))
-    runs, parts = _runs(setting, mesh, t, cold)
-    drawn = draw(setting, mesh, 4)
+    ranks = rank_rows(setting)
+    problems = problems_of(setting, ranks.profile, t, mesh.devices.size)
+    runs, parts = _runs(setting, problems, mesh, cold)
+    drawn = draw(setting, ranks, mesh, 4)
     for run in runs:
       run.start(drawn)
     for _ in range(8):
@@ -99,10 +102,9 @@ def timed_steps(mesh: Mesh, t: Topology, cold: bool = True) -> list[Timed]:
 
 
 def _runs(
-  setting: Setting, mesh: Mesh, t: Topology, cold: bool
+  setting: Setting, problems: list[Problem], mesh: Mesh, cold: bool
 ) -> tuple[list[Run], list[Part]]:
   """Compiles a setting's steps; returns them and what they ask for."""
-  problems = problems_of(setting, t, mesh.devices.size)
   (problem,) = problems
   runs, parts = [], []
   for hot, warm, hot_sync in CUTS:

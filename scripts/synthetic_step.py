@@ -17,6 +17,7 @@ from criteo_tables import names
 from jax.sharding import Mesh
 
 from recjax import config as config_lib
+from recjax.data import power_law
 from recjax.embedding import optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
@@ -24,18 +25,19 @@ from recjax.mesh import batch_sharding
 from recjax.models import build as models
 from recjax.plan import positions
 from recjax.plan.plan import TIERS, Plan
-from recjax.planner import buffer_sizes, frequency_buckets
+from recjax.planner import frequency_buckets, presets
 from recjax.planner import solve as solve_lib
 from recjax.planner.problem import Problem, make_problem
 from recjax.planner.topology import Topology
 from recjax.schema import Feature, TableGroup, TableSpec, groups_of
-from recjax.training.state import StepSpec, TrainState, first_state
+from recjax.training.state import StepSpec, first_state
 from recjax.training.step import lower
 
 DENSE = 13  # numeric inputs
 LEARNING_RATE = 0.02
 INIT_SCALE = 0.05
 SMALL_TABLE = 1_000  # rows; below, tables have Setting.small_dim
+_LOG = 10**12  # samples that counts are expected of
 SMALL = config_lib.Model(bottom=(64, 32), top=(64, 32))
 LARGE = config_lib.Model(bottom=(512, 256, 64), top=(512, 256))
 
@@ -103,27 +105,112 @@ def times_of(mesh: Mesh) -> int:
   return 1 if mesh.devices.flat[0].platform == "cpu" else 8
 
 
+# ---- Ids
+
+
+class Ranks(NamedTuple):
+  """A setting's rows in one order, most used first, as prepared data has it."""
+
+  ids: np.ndarray  # [R] int32: the rank of each row, table after table
+  first: np.ndarray  # [S]: where each lookup's table begins in ids
+  profile: Profile  # expected counts of a long log
+
+  def of(self, ids: np.ndarray) -> np.ndarray:
+    """Turns rows of tables, [..., S] from 0 each, into ranks, int32."""
+    return self.ids[self.first + ids]
+
+
+def probabilities(rows: int, exponent: float) -> np.ndarray:
+  """Returns those of the ids that data.power_law.ranks draws, [rows]."""
+  edges = np.arange(1, rows + 2.0)
+  power = 1 - exponent
+  p = np.diff(np.log(edges) if abs(power) < 1e-6 else edges**power)
+  return p / p.sum()
+
+
+def rank_rows(setting: Setting) -> Ranks:
+  """Ranks the rows by how often a sample looks them up."""
+  hotness = [f.hotness for f in setting.features]
+  counts = np.concatenate(
+    [
+      _LOG * h * probabilities(rows, setting.exponent)
+      for rows, h in zip(setting.tables, hotness, strict=True)
+    ]
+  )
+  order = np.argsort(-counts, kind="stable")
+  rank = np.empty(len(order), np.int32)
+  rank[order] = np.arange(len(order), dtype=np.int32)
+  whose = np.arange(len(hotness), dtype=np.int16)
+  profile = Profile(
+    _LOG,
+    tuple(f.table for f in setting.features),
+    counts[order].astype(np.int64),
+    np.repeat(whose, setting.tables)[order],
+  )
+  first = np.repeat(np.cumsum([0, *setting.tables[:-1]]), hotness)
+  return Ranks(rank, first, profile)
+
+
+class Drawn(NamedTuple):
+  """Batches whose ids are ranks, on a mesh."""
+
+  batches: list[dict[str, jax.Array]]
+  profile: Profile
+
+
+def draw(setting: Setting, ranks: Ranks, mesh: Mesh, count: int) -> Drawn:
+  """Draws batches."""
+  rng = np.random.default_rng(0)
+  batches = []
+  for _ in range(count):
+    ids = [
+      power_law.ranks(rng, (setting.batch, f.hotness), rows, setting.exponent)
+      for rows, f in zip(setting.tables, setting.features, strict=True)
+    ]
+    batch = {
+      "label": (rng.random(setting.batch) < 0.25).astype(np.float32),
+      "dense": rng.random((setting.batch, DENSE), np.float32),
+      "ids": ranks.of(np.concatenate(ids, axis=1)),
+    }
+    batches.append(jax.device_put(batch, batch_sharding(mesh)))
+  return Drawn(batches, ranks.profile)
+
+
 # ---- Plans
 
 
-def problems_of(setting: Setting, t: Topology, devices: int) -> list[Problem]:
-  """The problem of each group, on a mesh whose network is as fast as links."""
+def topology_here(name: str = "") -> Topology:
+  """Returns the named preset or file, else the preset nearest to the device."""
+  if name:
+    return presets.get(name, 1)
+  return presets.of_device(jax.devices()[0].device_kind, 1, 1)
+
+
+def problems_of(
+  setting: Setting, profile: Profile, t: Topology, devices: int
+) -> list[Problem]:
+  """Returns the problem of each group of tables.
+
+  Args:
+    setting: what is to be planned.
+    profile: of its `rank_rows`.
+    t: the machines; the setting may divide them into nodes, whose network is
+      as fast as their links.
+    devices: n.
+  """
   if setting.node_devices:
     t = dataclasses.replace(t, node_devices=setting.node_devices)
   dense = models.cost(setting.model, DENSE, setting.inputs, setting.dim)
-  tables = {
-    f.name: frequency_buckets.Table(f.name, rows, f.hotness)
-    for f, rows in zip(setting.features, setting.tables, strict=True)
-  }
+  hotness = {f.table: f.hotness for f in setting.features}
   problems = []
   for group in setting.groups:
-    own = tuple(tables[name] for name in group.tables)
+    own = tuple(hotness[name] for name in group.tables)
     problems.append(
       make_problem(
-        frequency_buckets.power_law(own, setting.exponent),
+        frequency_buckets.of_profile(profile.of_tables(group.tables), own),
         devices=devices,
         batch_size=setting.batch,
-        lookups=sum(x.hotness for x in own),
+        lookups=sum(own),
         dim=group.dim,
         dtype=group.dtype,
         slot_bytes=optimizers.slot_bytes(group.optimizer, group.dim),
@@ -164,75 +251,6 @@ def tiers_of(plan: Plan) -> str:
   for report in plan.prediction.tiers:
     found[report.tier] += report.rows
   return ", ".join(f"{n:,} {tier}" for tier, n in found.items()) + " rows"
-
-
-# ---- Ids
-
-
-class Ranks(NamedTuple):
-  """A setting's rows in one order, most used first, as prepared data has it."""
-
-  ids: np.ndarray  # [R] int32: the rank of each row, table after table
-  first: np.ndarray  # [S]: where each lookup's table begins in ids
-  profile: Profile  # of which only the tables of rows are true
-
-  def of(self, ids: np.ndarray) -> np.ndarray:
-    """Turns rows of tables, [..., S] from 0 each, into ranks, int32."""
-    return self.ids[self.first + ids]
-
-
-def probabilities(setting: Setting) -> list[np.ndarray]:
-  """Of the rows of each table, in a lookup: [rows] float64, falling."""
-  p = [np.arange(1, r + 1.0) ** -setting.exponent for r in setting.tables]
-  return [x / x.sum() for x in p]
-
-
-def rank_rows(setting: Setting) -> Ranks:
-  """Ranks rows by the probability that a sample touches them."""
-  touched = [
-    buffer_sizes.bag_probability(x, f.hotness)
-    for x, f in zip(probabilities(setting), setting.features, strict=True)
-  ]
-  order = np.argsort(-np.concatenate(touched), kind="stable")
-  rank = np.empty(len(order), np.int32)
-  rank[order] = np.arange(len(order), dtype=np.int32)
-  first = np.cumsum([0, *setting.tables[:-1]])
-  first = np.repeat(first, [f.hotness for f in setting.features])
-  whose = np.arange(len(setting.tables), dtype=np.int16)
-  table = np.repeat(whose, setting.tables)[order]
-  tables = tuple(f.table for f in setting.features)
-  profile = Profile(1, tables, np.ones(len(table), np.int64), table)
-  return Ranks(rank, first, profile)
-
-
-class Drawn(NamedTuple):
-  """Batches whose ids are ranks, on a mesh."""
-
-  batches: list
-  profile: Profile
-
-
-def draw(setting: Setting, mesh: Mesh, count: int) -> Drawn:
-  """Draws batches from exactly the power laws that are planned for.
-
-  data.power_law.ranks rounds a continuous law instead: its hottest rows have
-  other probabilities.
-  """
-  rng = np.random.default_rng(0)
-  ranks, p = rank_rows(setting), probabilities(setting)
-  batches = []
-  for _ in range(count):
-    ids = [
-      np.searchsorted(np.cumsum(x)[:-1], rng.random((setting.batch, f.hotness)))
-      for x, f in zip(p, setting.features, strict=True)
-    ]
-    batch = {
-      "label": (rng.random(setting.batch) < 0.25).astype(np.float32),
-      "dense": rng.random((setting.batch, DENSE), np.float32),
-      "ids": ranks.of(np.concatenate(ids, axis=1)),
-    }
-    batches.append(jax.device_put(batch, batch_sharding(mesh)))
-  return Drawn(batches, ranks.profile)
 
 
 # ---- Steps
@@ -281,13 +299,14 @@ class Run:
     self.step = self.lowered.compile()
     return self
 
-  def initial(self) -> TrainState:
-    """Makes a new state on the mesh."""
-    return first_state(self.spec, self.mesh, self.params, INIT_SCALE)
-
   def start(self, drawn: Drawn) -> None:
     """Makes the state, and the batches as this plan's positions."""
-    self.state, self.batches = self.initial(), drawn.batches
+    groups = positions.of_groups(self.plan, drawn.profile)
+    ranks = {name: group.ranks for name, group in groups.items()}
+    self.state = first_state(
+      self.spec, self.mesh, self.params, INIT_SCALE, ranks
+    )
+    self.batches = drawn.batches
     where = positions.of_batches(
       self.plan, drawn.profile, self.setting.features
     )
