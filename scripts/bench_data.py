@@ -8,22 +8,23 @@ Without --log it writes a synthetic one first. Targets on two cores: prepare
 
 import argparse
 import os
-import platform
 import tempfile
 import time
+
+import machine
 
 from recjax.config import Config, Data, Synthetic
 from recjax.data import batches, prepare, synthetic
 
 
-def main():
+def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--samples", type=int, default=1_000_000)
   parser.add_argument("--log", default="", help="a Criteo log, or a glob")
   parser.add_argument("--batch_size", type=int, default=2_048)
   parser.add_argument("--repeats", type=int, default=3)
   args = parser.parse_args()
-  print(f"machine: {_cpu()}, {len(os.sched_getaffinity(0))} cores")
+  print(f"machine: {machine.cpu()}, {len(os.sched_getaffinity(0))} cores")
 
   with tempfile.TemporaryDirectory() as tmp:
     log = args.log
@@ -57,14 +58,6 @@ def _print(what: str, rows: int, seconds: float) -> None:
   print(
     f"{what:8} {rows:>11,} rows {seconds:7.2f} s {rows / seconds:>11,.0f}/s"
   )
-
-
-def _cpu() -> str:
-  try:
-    with open("/proc/cpuinfo", encoding="utf-8") as f:
-      return next(x.split(":")[1].strip() for x in f if x.startswith("model n"))
-  except (OSError, StopIteration):
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

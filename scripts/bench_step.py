@@ -27,19 +27,18 @@ fit in memory are left out with a note.
 """
 
 import argparse
-import datetime
 import importlib.metadata
 import importlib.util
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import machine
 import numpy as np
 from bench_contenders import CONTENDERS, DENSE
 
@@ -152,24 +151,6 @@ def compare(args):
   return results
 
 
-def machine():
-  """Says what the figures were measured on."""
-  cpu = platform.processor() or platform.machine()
-  info = Path("/proc/cpuinfo")
-  if info.exists():
-    for line in info.read_text().splitlines():
-      if line.startswith("model name"):
-        cpu = line.split(":")[1].strip()
-        break
-  return {
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "cpu": cpu,
-    "cores_of_machine": os.cpu_count(),
-    "load": os.getloadavg()[0],
-    "python": platform.python_version(),
-  }
-
-
 def report(settings, results):
   """Prints a table of contenders."""
   fbgemm = results.get("fbgemm", {}).get("samples_per_second")
@@ -250,7 +231,7 @@ def main():
   args.rows, args.small_dim = KAGGLE_ROWS, args.mixed
   args.hotness = MULTI_HOT if args.multi_hot else (1,) * len(args.rows)
   args.lookups = sum(args.hotness)
-  about = machine()
+  about = machine.about()
   print(", ".join(f"{k} {v}" for k, v in about.items()))
   runs = []
   for dim, batch in itertools.product(args.dim, args.batch):

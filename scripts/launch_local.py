@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[1]
 _LOST = os.EX_TEMPFAIL  # a process ended because another one did
@@ -46,8 +47,13 @@ def main() -> int:
         process.wait()
 
 
-def start(count: int, arguments, logs) -> list[subprocess.Popen]:
-  """Process 0's output is shown; errors, and the others' output, are kept."""
+def start(
+  count: int, arguments: list[str], logs: list[pathlib.Path]
+) -> list[subprocess.Popen]:
+  """Starts the processes.
+
+  Process 0's output is shown; errors, and the others' output, go to the logs.
+  """
   with socket.create_server(("127.0.0.1", 0)) as free:
     coordinator = f"127.0.0.1:{free.getsockname()[1]}"
   environment = os.environ | {"JAX_COORDINATOR_BIND_ADDRESS": coordinator}
@@ -69,14 +75,17 @@ def start(count: int, arguments, logs) -> list[subprocess.Popen]:
   return processes
 
 
-def show(output) -> None:
+def show(output: IO[bytes] | None) -> None:
+  """Prints lines as they come."""
+  assert output is not None
   for line in output:
     if not line.startswith(b"[Gloo]"):  # which says that it is connected
       sys.stdout.buffer.write(line)
       sys.stdout.flush()
 
 
-def wait(processes, logs) -> int:
+def wait(processes: list[subprocess.Popen], logs: list[pathlib.Path]) -> int:
+  """Waits for all processes, or for the first that fails; returns 0 or 1."""
   while True:
     codes = [p.poll() for p in processes]
     if any(codes):
@@ -84,6 +93,12 @@ def wait(processes, logs) -> int:
     if all(code == 0 for code in codes):
       return 0
     time.sleep(0.1)
+  return explain(processes, logs)
+
+
+def explain(processes: list[subprocess.Popen], logs: list[pathlib.Path]) -> int:
+  """Prints why the job failed; returns 1."""
+  codes = [p.poll() for p in processes]
   until = time.monotonic() + _SETTLE_SECONDS
   while None in codes and time.monotonic() < until:
     time.sleep(0.1)

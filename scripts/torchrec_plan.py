@@ -25,6 +25,7 @@ from torchrec.optim.apply_optimizer_in_backward import (
 
 
 def plan(problem: dict) -> list[dict]:
+  """Plans what the file's docstring says is read and written."""
   tables = [
     torchrec.EmbeddingBagConfig(
       name=t["name"],
