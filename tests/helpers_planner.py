@@ -4,6 +4,7 @@ import dataclasses
 import re
 import xml.etree.ElementTree as ET
 
+import hypothesis.strategies as st
 import numpy as np
 
 from recjax.config import Config
@@ -31,6 +32,15 @@ def shape_of(devices=2, local=8, **changes) -> StepShape:
     "wire_bytes": 32,
   }
   return StepShape(**(arguments | changes))
+
+
+def probabilities():
+  """A strategy: that a sample touches a row.
+
+  0, or not so small that a tier's rows are touched less than once in 1e9
+  batches: those count as if they were (buffer_sizes.buffer_rows).
+  """
+  return st.just(0.0) | st.floats(1e-6, 1)
 
 
 def buckets_of(p) -> BucketedProfile:

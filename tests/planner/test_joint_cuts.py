@@ -10,6 +10,7 @@ from helpers_planner import (
   buckets_of,
   free_of_latencies,
   group_of,
+  probabilities,
   shape_of,
   solved,
 )
@@ -62,8 +63,8 @@ def every_cut(problem) -> list[Cuts]:
 
 @settings(max_examples=40, deadline=None)
 @given(
-  st.lists(st.floats(0, 1), min_size=1, max_size=5),
-  st.lists(st.floats(0, 1), min_size=1, max_size=5),
+  st.lists(probabilities(), min_size=1, max_size=5),
+  st.lists(probabilities(), min_size=1, max_size=5),
   st.sampled_from([1, 2, 4]),
   st.integers(0, 60),
   st.sampled_from([0, 1, 2, 1 << 20]),
