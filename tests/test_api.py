@@ -85,6 +85,7 @@ def test_a_loop_of_ones_own_learns(trained):
   assert result["samples"] == prepared.samples["test"] == 600
 
 
+@pytest.mark.slow
 def test_it_is_what_train_does(trained, tmp_path):
   _, config, prepared, plan, run, _ = trained
   other = recjax.build(config, prepared, plan)
@@ -106,6 +107,7 @@ def test_it_is_what_train_does(trained, tmp_path):
     recjax.restore(found, prepared, tmp_path, step=7)
 
 
+@pytest.mark.slow
 def test_rows_are_read_by_id_wherever_they_live(trained):
   """Hot, warm and cold ones, of both groups: those that checkpoints hold."""
   _, _, prepared, plan, run, _ = trained

@@ -161,6 +161,7 @@ def together(alone, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(alone, together):
   workdir, want = alone
   got = lines(together, "test")[-1]
@@ -175,6 +176,7 @@ def test_two_processes_train_as_one(alone, together):
     np.testing.assert_allclose(x["loss"], y["loss"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_process_evaluates_what_two_trained(together):
   c = config()
   c.mesh.devices = 8
@@ -185,6 +187,7 @@ def test_one_process_evaluates_what_two_trained(together):
     np.testing.assert_allclose(value, want[name], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_user_is_one_line(tmp_path):
   launcher = launch(tmp_path, "--config.train.batch_size=30000")
   _, said = launcher.communicate(timeout=120)

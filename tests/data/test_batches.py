@@ -167,6 +167,7 @@ def test_processes_share_the_samples(prepared, count, size):
       assert len(seen) == steps * size * count
 
 
+@pytest.mark.slow
 @settings(
   max_examples=15,
   deadline=None,

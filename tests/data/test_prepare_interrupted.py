@@ -65,6 +65,7 @@ def run(train, directory, full="", dies=""):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", ["start", "stage", "count", "pack"])
 def test_a_full_disk_loses_nothing(tmp_path, full):
   """Full from the start, and as a pass ends, before its result is written.
@@ -92,6 +93,7 @@ def test_no_space_to_spill_counts_as_a_full_disk(tmp_path):
   assert prepare._disk_full(e.value)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
   """One death after the other, each further on, all in the same folder."""
   log(tmp_path / "log.tsv", 20_000)
@@ -117,6 +119,7 @@ def test_killed_at_any_moment_it_ends_the_same(tmp_path):
   assert content(tmp_path / "q") == want
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded(tmp_path):
   """More distinct values than the engine may hold: it spills."""
   n = 3_000_000

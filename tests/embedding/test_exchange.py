@@ -254,6 +254,7 @@ def test_the_example_of_the_docstring():
 # ---- What is compiled
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capacity", [0, 1])
 def test_ids_of_all_groups_and_tiers_travel_in_one_all_to_all(capacity):
   """One in the first round, and one in each loop of those after it."""

@@ -138,6 +138,7 @@ def check_read(plan, ids):
   return seen.rounds[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PLANS, *NODE_LOOKUPS])
 def test_lookup_equals_indexing_and_reports_its_rounds(name):
   plan = (PLANS | NODE_PLANS)[name]
@@ -146,6 +147,7 @@ def test_lookup_equals_indexing_and_reports_its_rounds(name):
     assert rounds == len(list(rounds_of(plan, ids)))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
   st.data(),

@@ -3,6 +3,7 @@
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 
 from recjax.embedding import pooling
@@ -30,6 +31,7 @@ def arrays(features, seed):
   return ids, weights, rows
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(lists_of_features(), st.integers(0, 99))
 def test_pool_against_a_loop_and_spread_against_the_transpose(features, seed):

@@ -75,6 +75,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("devices", "tiers", "capacity", "owners", "optimizer", "padding"), CASES
 )
@@ -86,6 +87,7 @@ def test_equals_one_dense_table(
   dense.check(case, plan, overflows=one_row)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{}, {"two_stage": True}])
 @pytest.mark.parametrize("capacity", [0, 1])
 def test_several_nodes_equal_one_dense_table(way, capacity):
@@ -95,6 +97,7 @@ def test_several_nodes_equal_one_dense_table(way, capacity):
   dense.check(case, plan, overflows=capacity == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("devices", "tiers", "capacity", "owners", "padding"),
   [
@@ -170,6 +173,7 @@ def check_sent(devices, dtype):
   assert got == pytest.approx(want, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("devices", "dtype"), [(2, "float32"), (8, "bfloat16")]
 )
@@ -185,6 +189,7 @@ def test_on_64_devices():
 # ---- What it costs
 
 
+@pytest.mark.slow
 def test_tables_are_updated_in_place():
   case = case_of("adam")
   plans = [

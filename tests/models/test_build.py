@@ -58,6 +58,7 @@ def test_masks_of_padded_positions_arrive(monkeypatch):
   np.testing.assert_array_equal(logits, again)
 
 
+@pytest.mark.slow
 @every_model
 def test_masks_may_be_ignored(name):
   params, apply = build.build(small(name), 3, MIXED, DIM, seed=0)
@@ -102,6 +103,7 @@ def test_order_is_that_of_the_inputs(name):
   np.testing.assert_array_equal(*map(logits, orders))
 
 
+@pytest.mark.slow
 @every_model
 def test_bfloat16_is_close_to_float32(name):
   dense, activations = example(3, MIXED)
@@ -141,6 +143,7 @@ def test_seed_decides_the_parameters(name):
     assert np.all(x != z)
 
 
+@pytest.mark.slow
 @every_model
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_gradients_inside_shard_map(name, check_vma):

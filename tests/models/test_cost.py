@@ -28,6 +28,7 @@ def product_flops(jaxpr) -> int:
   return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", build.MODELS)
 @pytest.mark.parametrize("dense_inputs", [13, 0])
 @pytest.mark.parametrize(

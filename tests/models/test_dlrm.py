@@ -28,6 +28,7 @@ def reference(p, dense, activations):
   return linear(p["logit"], mlp(p["top"], np.array(features)))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs", [EQUAL, MIXED], ids=["equal", "mixed"])
 @pytest.mark.parametrize("dense_inputs", [0, 3])
 def test_logits_and_gradients_equal_numpy(dense_inputs, inputs):

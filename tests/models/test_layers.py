@@ -45,6 +45,7 @@ def test_projections_keep_zero_and_what_fits():
   np.testing.assert_allclose(out[0, 3], kernel.sum(axis=0), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", build.MODELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_slices_of_one_array_cost_what_the_array_costs(name, dtype):

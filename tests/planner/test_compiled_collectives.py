@@ -131,6 +131,7 @@ def test_the_step_sends_what_the_plan_says(devices, hot_sync):
   check(devices, hot_sync)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hot_sync", ["all_reduce", "all_gather"])
 def test_two_groups_send_what_the_plan_says(hot_sync):
   check(8, hot_sync, groups=TWO)

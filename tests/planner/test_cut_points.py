@@ -106,6 +106,7 @@ HARDLY_USED = Problem(  # a row that is touched a billionth time a sample
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=1_200, deadline=None)
 @example((HARDLY_USED, 5, 3))
 @given(problems())
@@ -119,6 +120,7 @@ def test_no_placement_is_cheaper(case):
     assert got == least_cost(problem, costs.min())
 
 
+@pytest.mark.slow
 @settings(max_examples=600, deadline=None)
 @given(problems(), st.sampled_from([1e-9, 1e-3, 0.5]))
 def test_with_padded_buffers_within_a_row(case, chance):
@@ -207,6 +209,7 @@ def test_rare_rows_need_no_copies():
     assert (found.hot, found.warm_end) == (0, end)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(node_problems())
 @example(slow_network())

@@ -195,6 +195,7 @@ def test_criteo_batches_are_predicted():
   )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MOVIELENS.exists(), reason="no MovieLens here")
 def test_movielens_batches_are_predicted():
   """A user's ratings come in a row: independence is far off."""

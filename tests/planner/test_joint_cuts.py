@@ -61,6 +61,7 @@ def every_cut(problem) -> list[Cuts]:
   ]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
   st.lists(probabilities(), min_size=1, max_size=5),
@@ -173,6 +174,7 @@ def test_groups_are_near_the_bound_of_small_hosts(count):
   assert cost_of(problems, cuts) <= bound * 1.001
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.02, 0.5])
 def test_groups_choose_how_their_rows_travel(share):
   """On two nodes, with padded buffers: never worse than by one transport."""

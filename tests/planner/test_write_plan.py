@@ -33,6 +33,7 @@ def only(plan):
   return group
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8, 64])
 def test_terabyte_before_there_is_data(tmp_path, devices):
   plan, printed = write_plan_of(terabyte(), tmp_path, devices)
@@ -137,6 +138,7 @@ def test_what_cannot_run_is_refused(tmp_path, monkeypatch):
   assert only(write_plan_of(config, tmp_path)[0]).hot.capacity == 0
 
 
+@pytest.mark.slow
 def test_transports_between_nodes_are_chosen_and_overridden(tmp_path):
   few = {"data__rows": (100_000, 1_000, 50)}
   plan, printed = write_plan_of(terabyte(**few), tmp_path, 16)
@@ -202,6 +204,7 @@ def test_overrides_are_kept(tmp_path):
   assert {t.capacity for t in group.sharded} == {7}
 
 
+@pytest.mark.slow
 def test_fewer_bytes_where_bytes_are_asked_for(tmp_path):
   time, _ = write_plan_of(terabyte(), tmp_path, 64)
   least, _ = write_plan_of(terabyte(plan__objective="bytes"), tmp_path, 64)

@@ -15,6 +15,7 @@ from recjax.planner import presets, workload
 from recjax.planner.workload import Machine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 16])
 def test_groups_of_other_dims_are_planned_together(tmp_path, devices):
   config = terabyte(
@@ -41,6 +42,7 @@ def test_groups_of_other_dims_are_planned_together(tmp_path, devices):
   assert held <= 100 << 20
 
 
+@pytest.mark.slow
 def test_given_cuts_count_rows_of_all_groups(tmp_path):
   config = terabyte(
     data__rows=(2_000_000, 900, 300_000, 50),

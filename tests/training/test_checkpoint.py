@@ -45,16 +45,19 @@ def check_restored(directory, want, name):
     assert x.sharding.device_set == set(run.mesh.devices.flat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_restores_onto_any_mesh_and_plan_bit_for_bit(name, saved):
   check_restored(*saved, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUP_PLANS)
 def test_groups_restore_onto_any_mesh_and_plan_bit_for_bit(name, saved_groups):
   check_restored(*saved_groups, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "groups"])
 def test_training_goes_on_bit_for_bit(name, request):
   """Both after a restore, and in the run whose state was being saved."""
@@ -89,6 +92,7 @@ def test_what_another_plan_saves_is_the_same(other, saved, tmp_path):
   check_saved_again(*saved, other, "2_warm", tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["groups_1_cold", "groups_copies"])
 def test_what_another_plan_of_groups_saves_is_the_same(
   other, saved_groups, tmp_path
@@ -170,6 +174,7 @@ def check_reads(asked, plan, slots):
       assert sum(sizes[i : i + len(names)]) <= 1 << 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "8_hot", "1_cold", "8_copies"])
 def test_rows_are_read_in_bounded_blocks(name, saved, monkeypatch):
   directory, want = saved
@@ -284,6 +289,7 @@ def by_rank(run, profile):
   return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixed", "1_cold"])
 def test_table_wise_tables_move_to_other_plans_and_back(name, tmp_path):
   owned = make_plan(
@@ -293,6 +299,7 @@ def test_table_wise_tables_move_to_other_plans_and_back(name, tmp_path):
   check_moves([owned, make_plan(name)], PROFILE, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "two_1_cold"])
 def test_groups_with_table_wise_tables_move_to_other_owners(name, tmp_path):
   """One group's owners change, the other's tables get some, and back."""

@@ -80,6 +80,7 @@ def test_bfloat16_tables_are_updated_in_place():
   check_in_place(case, plans)
 
 
+@pytest.mark.slow
 def test_replicas_gathered_are_updated_in_place():
   """Hot rows alone, as many as a device has: no copy of them is made."""
   part = dense.Part("g", ("a", "b", "c"), 203, DIM, "adam")
@@ -106,6 +107,7 @@ def test_replicas_gathered_are_updated_in_place():
 # ---- What the compiled step sends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [{}, {"g": 4, **BOTH}])
 def test_bfloat16_exchange_sends_two_bytes(nodes):
   case = case_of("sgd")
@@ -145,6 +147,7 @@ WAYS = [(0, {}), (4, COPIES), (4, STAGES), (2, BOTH)]
 BUFFERS = {"capacity": (7, 5), "node_capacity": (9, 11)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("g", "way"), WAYS)
 @pytest.mark.parametrize("case", [case_of("sgd"), TWO], ids=["one", "two"])
 def test_buffers_on_the_wire_are_those_of_the_plan(case, g, way):
@@ -159,6 +162,7 @@ def test_buffers_on_the_wire_are_those_of_the_plan(case, g, way):
   assert sorted(found) == sorted(wanted_exchanges(plan))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("g", "way"), WAYS[1:])
 @pytest.mark.parametrize("case", [case_of("sgd"), TWO], ids=["one", "two"])
 def test_the_planner_knows_what_crosses_the_network(case, g, way):

@@ -104,6 +104,7 @@ def test_bound_holds_when_bits_are_dropped(data, limit, pieces):
     assert abs(result["auc"] - exact) <= result["auc_error"] + 1e-15
 
 
+@pytest.mark.slow
 def test_long_stream_is_bounded_and_close():
   rng = np.random.default_rng(0)
   k = 3_000_000

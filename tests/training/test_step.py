@@ -196,6 +196,7 @@ NODES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("g", "way", "tiers", "capacity", "optimizer"), NODES)
 def test_several_nodes_equal_one_dense_table(
   g, way, tiers, capacity, optimizer
@@ -209,6 +210,7 @@ def test_several_nodes_equal_one_dense_table(
 # ---- Fewer bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [{}, {"node_devices": 2, **BOTH}])
 def test_bfloat16_exchange_stays_close(nodes):
   case = case_of("one_hot")
@@ -221,6 +223,7 @@ def test_bfloat16_exchange_stays_close(nodes):
   helpers.check_copies(state.tables)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tiers", ["hot", "warm", "cold", "copies"])
 def test_bfloat16_rows_are_the_same_on_every_mesh_and_near_float32(tiers):
   got = []

@@ -87,6 +87,7 @@ def test_the_cases_pair_all_that_may_differ():
     assert set(zip(a, b, strict=True)) == set(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("devices", "tiers", "capacity", "kind"), [*pairwise()]
 )
@@ -104,6 +105,7 @@ def test_two_groups_equal_two_dense_tables(devices, kind):
   dense.check(case, plan_of(case, devices, "mixed"), overflows=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("nodes", "capacity"),
   [

@@ -18,6 +18,8 @@ from recjax import jobs
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
