@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     train,
   )
   from recjax.config import Config, TableRule
+  from recjax.embedding import optimizers
   from recjax.embedding.embedding import Embedding, make_embedding
   from recjax.embedding.lookup import forward
   from recjax.embedding.tables import init as init_tables
@@ -40,6 +41,7 @@ _HOMES = {
   "recjax.config": ("Config", "TableRule"),
   "recjax.embedding.embedding": ("Embedding", "make_embedding"),
   "recjax.embedding.lookup": ("forward",),
+  "recjax.embedding.optimizers": ("optimizers",),
   "recjax.embedding.tables": ("init_tables", "table_specs"),
   "recjax.embedding.update": ("backward",),
   "recjax.errors": ("UserError",),
@@ -66,6 +68,7 @@ __all__ = [
   "make_embedding",
   "make_mesh",
   "make_plan",
+  "optimizers",
   "predict",
   "prepare",
   "prepare_columns",
@@ -81,6 +84,8 @@ def __getattr__(name: str) -> Any:
   if name not in _HOME_OF:
     raise AttributeError(f"module 'recjax' has no attribute {name!r}")
   home = importlib.import_module(_HOME_OF[name])
+  if _HOME_OF[name].endswith(f".{name}"):
+    return home
   return getattr(home, _INSIDE.get(name, name))
 
 

@@ -21,7 +21,8 @@ NODE, DEVICE = AXES = ("node", "device")  # the mesh's axes, outer first
 class Feature:
   """One categorical input and how it is looked up.
 
-  `hotness` is the longest bag kept; it is also the number of columns of the
+  `hotness` is the longest bag kept: of a longer one the first ids count, the
+  others are dropped. It is also the number of columns of the
   `ids` array that the feature takes. `pooling` is 'sum', 'mean' or 'none'
   (a sequence: one activation a position). A weighted feature has a float32
   weight a lookup; a weighted mean divides by the sum of the weights.
@@ -32,6 +33,19 @@ class Feature:
   hotness: int = 1
   pooling: Literal["sum", "mean", "none"] = "sum"
   weighted: bool = False
+
+  def __post_init__(self):
+    """Raises ValueError for a pooling or hotness that there is not."""
+    if self.pooling not in ("sum", "mean", "none"):
+      raise ValueError(
+        f"feature {self.name!r}: pooling {self.pooling!r} is not one of sum, "
+        "mean, none"
+      )
+    if self.hotness < 1:
+      raise ValueError(
+        f"feature {self.name!r}: hotness {self.hotness} found, at least 1 "
+        "expected"
+      )
 
   @property
   def activations(self) -> int:

@@ -163,6 +163,7 @@ def test_prepared_columns_are_recognised(trained):
     ({"price": [1.0]}, "columns: they are not equally long"),
     ({"seen": list(range(SAMPLES))}, "columns: seen: one id a sample found"),
     ({"user": [[1]] * SAMPLES}, "columns: user: lists of ids found"),
+    ({"item": np.ones(SAMPLES)}, "columns: item: ids are integers or strings"),
   ],
 )
 def test_bad_columns_are_named(change, message, tmp_path):
@@ -171,6 +172,39 @@ def test_bad_columns_are_named(change, message, tmp_path):
     recjax.prepare_columns(
       bad, FEATURES, config_of(), tmp_path, label="click", dense=("price",)
     )
+
+
+def test_a_state_is_used_once(trained):
+  """Where it is used again, JAX would end the process on several devices."""
+  _, config, prepared, plan, _, _ = trained
+  run = recjax.build(config, prepared, plan)
+  batch = next(recjax.batches(config, prepared, run))
+  run.step(run.state, batch)
+  with pytest.raises(ValueError, match="given to a step before"):
+    run.step(run.state, batch)
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "message"),
+  [
+    ("train.batch_size", 512, "train.batch_size: the plan was made for 256"),
+    ("mesh.devices", 4, "mesh.devices: the plan was made for 8"),
+    ("embedding.dim", 16, "embedding: the plan was made for .*_8 .*_16 "),
+  ],
+)
+def test_a_plan_of_another_config_is_refused(trained, path, value, message):
+  _, _, prepared, plan, _, _ = trained
+  config, (group, field) = config_of(), path.split(".")
+  setattr(getattr(config, group), field, value)
+  with pytest.raises(UserError, match=message):
+    recjax.build(config, prepared, plan)
+
+
+def test_features_are_checked():
+  with pytest.raises(ValueError, match="feature 'a': pooling 'avg' is not"):
+    recjax.Feature("a", "a", 2, "avg")
+  with pytest.raises(ValueError, match="feature 'a': hotness 0 found"):
+    recjax.Feature("a", "a", 0)
 
 
 def test_every_public_name_is_there():

@@ -179,6 +179,12 @@ def _ids(f: Feature, column) -> pa.Array:
       f"columns: {f.name}: weights cannot come from columns yet; leave "
       "weighted=False"
     )
+  kind = found.type.value_type if many else found.type
+  if pa.types.is_floating(kind):
+    raise UserError(
+      f"columns: {f.name}: ids are integers or strings, found {kind}; make "
+      "them integers, missing ones None (pandas: astype('Int64'))"
+    )
   to = pa.list_(pa.string()) if many else pa.string()
   try:
     return found.cast(to)

@@ -242,7 +242,7 @@ def of_shards(
     found.sent,
     found.device_bytes,
     found.host_bytes,
-    f"busiest device {found.busiest:.2f} of the mean",
+    f"busiest device {found.busiest:.2f} of the mean" if found.busiest else "",
   )
 
 

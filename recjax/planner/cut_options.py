@@ -233,7 +233,9 @@ def _program(groups: Sequence[Options], limits: np.ndarray) -> _Solved | None:
     cost / scale,
     A_ub=held / unit[:, None],
     b_ub=limits / unit,
-    A_eq=sparse.block_diag([np.ones((1, len(o.cost))) for o in groups]),
+    A_eq=sparse.block_diag(
+      [sparse.coo_array(np.ones((1, len(o.cost)))) for o in groups]
+    ),
     b_eq=np.ones(len(groups)),
   )
   if found.status != 0:

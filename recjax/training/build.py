@@ -11,6 +11,7 @@ from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.embedding import optimizers
 from recjax.embedding.embedding import make_embedding
+from recjax.errors import UserError
 from recjax.mesh import make_mesh
 from recjax.models import build as models
 from recjax.plan import positions
@@ -18,7 +19,13 @@ from recjax.plan.plan import Plan
 from recjax.schema import Feature, TableGroup, groups_of
 from recjax.training.dense_optimizer import dense_optimizer
 from recjax.training.inputs import run_length
-from recjax.training.state import Identity, Run, StepSpec, first_state
+from recjax.training.state import (
+  Identity,
+  Run,
+  StepSpec,
+  TrainState,
+  first_state,
+)
 from recjax.training.step import make_forward, make_train_step
 
 
@@ -65,6 +72,7 @@ def build(
   """
   e, schema = config.embedding, prepared.schema
   groups = table_groups(config, prepared.profile.table_rows())
+  _check_plan(config, plan, groups)
   mesh = make_mesh(plan.devices, plan.node_devices)
   params, apply = model or models.build(
     config.model,
@@ -97,10 +105,49 @@ def build(
     spec,
     mesh,
     first_state(spec, mesh, params, e.init_scale, ranks),
-    make_train_step(spec, mesh),
+    reused(make_train_step(spec, mesh)),
     make_forward(spec, mesh),
     identity_of(config, prepared, params if model else None),
   )
+
+
+def _check_plan(
+  config: Config, plan: Plan, groups: tuple[TableGroup, ...]
+) -> None:
+  """Raises UserError where a plan was made for another config."""
+  for field, planned, wanted in (
+    ("train.batch_size", plan.batch_size, config.train.batch_size),
+    ("mesh.devices", plan.devices, config.mesh.devices or plan.devices),
+    ("embedding", _kinds(plan.groups), _kinds(groups)),
+  ):
+    if planned != wanted:
+      raise UserError(
+        f"{field}: the plan was made for {planned}, and the config says "
+        f"{wanted}; make the plan anew with this config"
+      )
+
+
+def _kinds(groups) -> list[str]:
+  """Returns what must be the same of a plan's groups and a config's."""
+  return [f"{g.name} ({len(g.tables)} tables)" for g in groups]
+
+
+def reused(step: Callable) -> Callable:
+  """Makes a step raise where it gets a state that another step has used up.
+
+  On several devices JAX ends the process instead (jax 0.10 to 0.12).
+  """
+
+  def checked(state: TrainState, batch):
+    if state.step.is_deleted():
+      raise ValueError(
+        "this state was given to a step before, which has used it up: go on "
+        "with the state that the step returned (run = "
+        "run._replace(state=state))"
+      )
+    return step(state, batch)
+
+  return checked
 
 
 def identity_of(

@@ -4,6 +4,7 @@ import re
 
 import dense_reference as dense
 import helpers
+import jax
 import jax.numpy as jnp
 import pytest
 from helpers_step import big_group, check_in_place, compiled_step
@@ -70,8 +71,9 @@ def test_tables_of_two_groups_are_updated_in_place(tiers, nodes):
 
 @pytest.mark.slow
 @pytest.mark.xfail(
+  jax.__version_info__ < (0, 11),
   strict=True,
-  reason="XLA:CPU scatters bfloat16 through a float32 copy of the whole shard",
+  reason="XLA:CPU scattered bfloat16 through a float32 copy of the shard",
 )
 def test_bfloat16_tables_are_updated_in_place():
   part = TWO.parts[1]._replace(dtype="bfloat16")
