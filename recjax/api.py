@@ -138,10 +138,8 @@ def batches(
   steps, _ = inputs.run_length(config, prepared)
   first = int(run.state.step)
   data = inputs.training_batches(config, prepared, run, first)
-  for _ in range(first, steps):
-    batch = next(data)
-    batch.pop("mask")
-    yield inputs.to_devices(batch, run.mesh)
+  for batch, _ in inputs.fed(data, run, steps - first):
+    yield batch
 
 
 def train(
@@ -205,7 +203,8 @@ def predict(run: Run, batch: Mapping[str, jax.Array]) -> np.ndarray:
   """
   zeros = jnp.zeros(batch["ids"].shape[0], jnp.float32)
   zeros = jax.device_put(zeros, batch_sharding(run.mesh))
-  wanted = {k: batch[k] for k in ("dense", "ids", "weights") if k in batch}
+  keys = ("dense", "ids", "weights", "visit")
+  wanted = {k: batch[k] for k in keys if k in batch}
   logits, *_ = run.forward(run.state, wanted | {"label": zeros, "mask": zeros})
   return np.asarray(jax.nn.sigmoid(logits))
 

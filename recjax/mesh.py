@@ -64,6 +64,12 @@ def make_mesh(devices: int, node_devices: int = 0) -> Mesh:
   return Mesh(nodes, AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+def owners_here(mesh: Mesh) -> list[int]:
+  """The places in the mesh of this process's devices, ascending."""
+  here = jax.process_index()
+  return [i for i, d in enumerate(mesh.devices.flat) if d.process_index == here]
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recjax.embedding import optimizers
+from recjax.embedding import host_store, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
-from recjax.mesh import batch_sharding, make_mesh
+from recjax.mesh import make_mesh
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature, columns_of
-from recjax.training import step as step_lib
-from recjax.training.state import StepSpec, TrainState, first_state
+from recjax.training import visiting
+from recjax.training.state import Identity, Run, StepSpec, first_state
 
 BATCH, DENSE, STEPS = 32, 3, 20
 LEARNING_RATE = 0.1
@@ -224,8 +224,8 @@ def wanted(case: Case):
       for p in case.parts
     ),
   )  # fmt: skip
-  _, _, state = build(case, plan)
-  first = helpers.in_rank_order(state.tables, plan)
+  run = build(case, plan)
+  first = helpers.in_rank_order(run.state.tables, plan)
   first = {name: of.rows for name, of in first.items()}
   end = jax.device_get(reference(case, first, optax.adagrad(LEARNING_RATE)))
   for name, rows in first.items():
@@ -236,8 +236,17 @@ def wanted(case: Case):
 # ---- The system
 
 
-def build(case: Case, plan: Plan, wire_dtype=jnp.float32):
-  """(StepSpec, mesh, a fresh state) of a case under a plan."""
+def build(
+  case: Case, plan: Plan, wire_dtype=jnp.float32, options=None, **of_look
+) -> Run:
+  """A fresh run of a case under a plan, which cannot be saved.
+
+  Args:
+    case, plan: what to run.
+    wire_dtype: of the exchange.
+    options: the compiler's; helpers.FAST if None.
+    **of_look: of make_look_ahead.
+  """
   mesh = make_mesh(plan.devices, plan.node_devices)
   optimizer_of = {p.name: OPTIMIZERS[p.optimizer]() for p in case.parts}
   embedding = make_embedding(
@@ -246,7 +255,18 @@ def build(case: Case, plan: Plan, wire_dtype=jnp.float32):
   spec = StepSpec(apply_of(case), embedding, optax.adagrad(LEARNING_RATE))
   where = positions.of_groups(plan, profile_of(case))
   ranks = {name: of.ranks for name, of in where.items()}
-  return spec, mesh, first_state(spec, mesh, init_params(case), 0.5, ranks)
+  look = visiting.make_look_ahead(spec, mesh, **of_look)
+  if look:
+    host_store.init(look.store, embedding, 0.5)
+  return Run(
+    spec,
+    mesh,
+    first_state(spec, mesh, init_params(case), 0.5, ranks),
+    visiting.make_run_step(spec, mesh, look, options or helpers.FAST),
+    visiting.make_run_forward(spec, mesh, look),
+    Identity({}, "", 0),
+    look,
+  )
 
 
 def profile_of(case: Case) -> Profile:
@@ -261,9 +281,10 @@ def profile_of(case: Case) -> Profile:
   return Profile(1, tuple(names), np.ones(len(table), np.int64), table)
 
 
-def by_rank(case: Case, plan: Plan, state: TrainState):
+def by_rank(case: Case, run: Run):
   """{group: rows and slot variables}, wherever table-wise rows lie."""
-  found = helpers.in_rank_order(state.tables, plan)
+  plan = run.spec.embedding.plan
+  found = helpers.in_rank_order(run.state.tables, plan, run.look)
   for name, where in positions.of_groups(plan, profile_of(case)).items():
     ranks = where.ranks_of(0, plan.group(name).rows)
     for x in jax.tree.leaves(found[name]):  # nothing where there is no row
@@ -273,42 +294,50 @@ def by_rank(case: Case, plan: Plan, state: TrainState):
   return found
 
 
-def train(case: Case, plan: Plan, *, options=None, **kw):
+def train(case: Case, plan: Plan, *, ahead=True, **kw):
   """Trains as the system does, and moves nothing between host and device.
 
-  `options` are the compiler's, helpers.FAST if None. Returns (tables before in
-  rank order, state after, rounds of each step).
+  Args:
+    case, plan: what to train.
+    ahead: whether batches are looked ahead for.
+    **kw: of build.
+
+  Returns:
+    (tables before in rank order, the run after, rounds of each step).
   """
-  spec, mesh, state = build(case, plan, **kw)
+  run = build(case, plan, **kw)
   where = positions.of_groups(plan, profile_of(case))
   columns = columns_of(case.features)
-  first = by_rank(case, plan, state)
-  step = step_lib.make_train_step(spec, mesh)
-  compiled, rounds = None, []
-  for batch in batches(case):
-    for f in case.features:
-      mine = where.get(case.part_of(f).name)
-      if mine:
-        at = columns[f.name]
-        batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    if compiled is None:
-      compiled = step.lower(state, batch).compile(options or helpers.FAST)
+  first = by_rank(case, run)
+
+  def placed():
+    for batch in batches(case):
+      for f in case.features:
+        mine = where.get(case.part_of(f).name)
+        if mine:
+          at = columns[f.name]
+          batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
+      yield visiting.place(batch, run.mesh, run.look)
+
+  state, rounds = run.state, []
+  for batch in visiting.one_ahead(placed()) if ahead else placed():
     with jax.transfer_guard("disallow"):
-      state, metrics = compiled(state, batch)
+      state, metrics = run.step(state, batch)
     rounds.append(int(metrics["rounds"]))
-  return first, state, rounds
+  return first, run._replace(state=state), rounds
 
 
 def check(case: Case, plan: Plan, *, overflows=None, **kw):
   """Asserts that training under a plan equals the dense reference."""
-  first, state, rounds = train(case, plan, **kw)
+  first, run, rounds = train(case, plan, **kw)
   want_first, (tables_end, params) = wanted(case)
-  got = by_rank(case, plan, state)
+  got = by_rank(case, run)
   for name, rows in want_first.items():
     np.testing.assert_array_equal(first[name].rows, rows)
     helpers.assert_close(tuple(got[name]), tables_end[name])
-  helpers.assert_close(state.params, params)
+  helpers.assert_close(run.state.params, params)
   if overflows is not None:
     assert (max(rounds) > 1) == overflows
-  return state
+  if run.look:
+    run.look.store.close()
+  return run.state

@@ -107,7 +107,7 @@ def route(ids: Sequence[jax.Array], plan: Plan) -> Route:
     bucket, local = jnp.full_like(mine, past), mine
     for t in known.of_group(group):
       there, rank = mine >= t.tier.first, mine - t.tier.first
-      if t.tier.stop < plan.groups[group].rows:
+      if t.tier != plan.groups[group].on_device[-1]:
         there &= mine < t.tier.stop
       bucket = jnp.where(there, _bucket(rank, t, plan), bucket)
       local = jnp.where(there, rank // t.count, local)

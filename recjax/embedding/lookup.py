@@ -18,14 +18,7 @@ from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.exchange import Round, Route
 from recjax.embedding.pooling import by_feature, coefficients, masks_of, pool
 from recjax.embedding.table_wise import BagResiduals
-from recjax.embedding.tables import (
-  DEVICE,
-  HOST,
-  Tables,
-  TierArrays,
-  gather,
-  on_host,
-)
+from recjax.embedding.tables import Tables, TierArrays, gather
 from recjax.plan.plan import Tier
 
 
@@ -35,6 +28,7 @@ class GroupResiduals(NamedTuple):
   ids: jax.Array  # [L] int32 positions, -1 = none or with a table's owner
   coefficients: jax.Array | None  # [b, S] float32; None = 1
   bags: BagResiduals | None  # of table-wise tables
+  stored: jax.Array | None = None  # [V, 1] int32: visitors' stored local rows
 
 
 class Residuals(NamedTuple):
@@ -57,10 +51,11 @@ def forward(
 
   Args:
     embedding: the groups.
-    tables: a device's shards.
+    tables: a device's shards, visitors among them.
     batch: ids [b, S] int32, positions of the rows in their groups (ranks,
-      unless tables are table-wise: plan/positions.py), -1 = none; and maybe
-      weights [b, S] float32.
+      unless tables are table-wise: plan/positions.py; those of stored rows
+      translated: visits.py), -1 = none; maybe weights [b, S] float32; and of
+      groups with visitors their stored local rows, {group: [V, 1] int32}.
 
   Returns:
     ({feature: [b, h, d] float32}, Residuals).
@@ -75,7 +70,8 @@ def forward(
     if g.group.table_wise:
       there = table_wise.to_owners(mine, g, plan.devices)
       mine = jnp.where(there, -1, mine)
-    groups.append(GroupResiduals(mine.reshape(-1), coef, None))
+    stored = batch.get("stored", {}).get(g.name)
+    groups.append(GroupResiduals(mine.reshape(-1), coef, None, stored))
   residuals = Residuals(tuple(groups), None, None)
   if buckets_of(plan).tiers:
     with jax.named_scope("route"):
@@ -151,7 +147,7 @@ def _fetch(embedding, tables, residuals: Residuals, now: Round):
   buffers: dict[int, list] = {}
   for t, asked in zip(known.sharded, now.requests, strict=True):
     g = embedding.groups[t.group]
-    rows = _rows_at(tables[g.name][t.tier.name], asked.local, t.tier)
+    rows = _rows_at(tables[g.name][t.tier.name], asked.local)
     rows = rows.astype(embedding.wire_dtype)
     rows = exchange.fetch_rows(rows, asked, t, plan)
     buffers.setdefault(t.group, []).append(rows)
@@ -170,11 +166,8 @@ def _taker(buffer, at):  # [C, d], [b, S] int32 -> columns -> [b, columns, d]
   )
 
 
-def _rows_at(arrays: TierArrays, local, tier: Tier):  # [m] int32 -> [m, d]
+def _rows_at(arrays: TierArrays, local):  # [m] int32 -> [m, d]
   index = jnp.stack([local, jnp.zeros_like(local)], axis=1)
-  if tier.memory == "host":
-    index = jax.device_put(index, HOST)
-    return on_host(gather, DEVICE)(arrays.rows, index)
   return gather(arrays.rows, index)
 
 

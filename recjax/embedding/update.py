@@ -18,14 +18,7 @@ from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.lookup import Residuals, replica_rows
 from recjax.embedding.pooling import joined, spread
 from recjax.embedding.row_random import row_bits, stochastic_round
-from recjax.embedding.tables import (
-  HOST,
-  Tables,
-  TierArrays,
-  gather,
-  on_host,
-  scatter,
-)
+from recjax.embedding.tables import Tables, TierArrays, gather, scatter
 from recjax.plan.plan import Tier
 from recjax.schema import AXES
 
@@ -184,30 +177,23 @@ def _update_gathered(old: TierArrays, local, grads, g: EmbeddingGroup, step):
 
 
 def _update_local(arrays: TierArrays, local, grads, place, step):
-  """Updates an owner's rows in place, where their tier lies.
+  """Updates an owner's rows in place.
 
   Args:
     arrays: a device's shard.
     local: [m] int32, distinct; padding past the end.
     grads: [m, d] float32.
-    place: (EmbeddingGroup, Tier).
+    place: (EmbeddingGroup, Tier, the stored local rows of visitors or None).
     step: [] int32.
   """
-  g, tier = place
+  g, tier, stored = place
   owner = lax.axis_index(tier.axes).astype(jnp.int32)
-  ranks = tier.first + local * tier.owners + owner
-  bits = _bits(ranks, g, step)
+  row = local if stored is None else stored.at[local, 0].get(mode="clip")
+  bits = _bits(tier.first + row * tier.owners + owner, g, step)
   index = jnp.stack([local, jnp.zeros_like(local)], axis=1)
-
-  def apply(arrays, index, grads, bits, step):
-    old = jax.tree.map(lambda x: gather(x, index), arrays)
-    new = _new_rows(old, grads, bits, step, g)
-    return jax.tree.map(lambda x, y: scatter(x, index, y), arrays, new)
-
-  operands = (index, grads, bits, step)
-  if tier.memory == "host":
-    return on_host(apply)(arrays, *jax.device_put(operands, HOST))
-  return apply(arrays, *operands)
+  old = jax.tree.map(lambda x: gather(x, index), arrays)
+  new = _new_rows(old, grads, bits, step, g)
+  return jax.tree.map(lambda x, y: scatter(x, index, y), arrays, new)
 
 
 def _update_bags(embedding, tables, g: EmbeddingGroup, bags, what):
@@ -219,7 +205,7 @@ def _update_bags(embedding, tables, g: EmbeddingGroup, bags, what):
   tier: Tier = g.group.table_wise_tier
   local, summed = table_wise.return_bag_gradients(bags, grads, g, embedding)
   tables[g.name][tier.name] = _update_local(
-    tables[g.name][tier.name], local, summed, (g, tier), step
+    tables[g.name][tier.name], local, summed, (g, tier, None), step
   )
 
 
@@ -246,7 +232,13 @@ def _update_round(embedding, tables, residuals: Residuals, by_row, when):
       part = buffer[t.buffer : t.buffer + t.rows]
       arrays = tables[g.name][t.tier.name]
       out[g.name][t.tier.name] = (
-        _update_sharded(embedding, arrays, part, (t, requests[t]), step)
+        _update_sharded(
+          embedding,
+          arrays,
+          part,
+          (t, requests[t], residuals.groups[i].stored),
+          step,
+        )
         if t.tier.axes
         else _update_gathered(
           arrays, *_gather(embedding, residuals.route, now, t, part), g, step
@@ -257,12 +249,13 @@ def _update_round(embedding, tables, residuals: Residuals, by_row, when):
 
 def _update_sharded(embedding, arrays, part, asked, step):
   """Sends a tier's gradients [owners C, d] home, sums and applies them."""
-  plan, (t, requests) = embedding.plan, asked
+  plan, (t, requests, stored) = embedding.plan, asked
   t: TierBuckets
   local, grads = exchange.return_gradients(part, requests, t, plan)
   size, copies = t.tier.shard_rows, plan.devices // t.tier.owners
   local, grads = _summed(local, grads, size, plan.devices, copies)
-  place = embedding.groups[t.group], t.tier
+  g = embedding.groups[t.group]
+  place = g, t.tier, stored if t.tier == g.group.visitors else None
   return _update_local(arrays, local, grads, place, step)
 
 

@@ -9,7 +9,7 @@ import jax
 from recjax import config as config_lib
 from recjax.config import Config
 from recjax.data.prepared import Prepared
-from recjax.embedding import optimizers
+from recjax.embedding import host_store, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.errors import UserError
 from recjax.mesh import make_mesh
@@ -26,7 +26,11 @@ from recjax.training.state import (
   TrainState,
   first_state,
 )
-from recjax.training.step import make_forward, make_train_step
+from recjax.training.visiting import (
+  make_look_ahead,
+  make_run_forward,
+  make_run_step,
+)
 
 
 def table_groups(
@@ -101,13 +105,17 @@ def build(
     name: of.ranks
     for name, of in positions.of_groups(plan, prepared.profile).items()
   }
+  look = make_look_ahead(spec, mesh)
+  if look:
+    host_store.init(look.store, spec.embedding, e.init_scale)
   return Run(
     spec,
     mesh,
     first_state(spec, mesh, params, e.init_scale, ranks),
-    reused(make_train_step(spec, mesh)),
-    make_forward(spec, mesh),
+    reused(make_run_step(spec, mesh, look)),
+    make_run_forward(spec, mesh, look),
     identity_of(config, prepared, params if model else None),
+    look,
   )
 
 

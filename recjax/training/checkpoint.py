@@ -24,7 +24,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
-from recjax.embedding.tables import DEVICE, HOST, Tables, TierArrays
+from recjax.embedding.tables import Tables, TierArrays
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.mesh import replicated
@@ -63,7 +63,7 @@ def make_checksums(embedding: Embedding, mesh: Mesh):
   def checksums(tables: Tables):
     total: dict[str, jax.Array] = {}
     for g in embedding.groups:
-      for tier in g.group.tiers:
+      for tier in g.group.resident:
         for name, x in _tier_sums(tables[g.name][tier.name], tier).items():
           key = f"{g.name}.{name}"
           total[key] = total.get(key, jnp.uint32(0)) + x
@@ -96,13 +96,7 @@ def _tier_sums(arrays: TierArrays, tier: Tier) -> dict[str, jax.Array]:
   owner = lax.axis_index(tier.axes).astype(jnp.int32)
   local = lax.broadcasted_iota(jnp.int32, (tier.shard_rows, 1), 0)
   valid = local * tier.owners + owner < tier.rows
-  if tier.memory == "host":
-    found = tables_lib.on_host(sums, DEVICE)(
-      arrays, jax.device_put(valid, HOST)
-    )
-  else:
-    found = sums(arrays, valid)
-  return lax.psum(found, tier.axes)  # of copies once
+  return lax.psum(sums(arrays, valid), tier.axes)  # of copies once
 
 
 # ---- Save
@@ -172,7 +166,7 @@ def save(
         ),
         tree[g.name][t.name],
       )
-      for t in g.tiers
+      for t in g.resident
     }
     for g in plan.groups
   }

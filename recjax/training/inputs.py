@@ -6,14 +6,14 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from recjax.config import Config
 from recjax.data import batches as batches_lib
 from recjax.data.prepared import Prepared
-from recjax.mesh import batch_sharding
 from recjax.plan import positions
+from recjax.training import visiting
 from recjax.training.state import Run
+from recjax.training.visiting import one_ahead
 
 
 def local_batch(config: Config) -> int:
@@ -85,21 +85,30 @@ def training_batches(
   return data
 
 
-def scored_batches(
-  run: Run, prepared: Prepared
-) -> Iterator[dict[str, jax.Array]]:
+def fed(
+  data: grain.DatasetIterator, run: Run, steps: int
+) -> Iterator[tuple[dict[str, Any], dict]]:
+  """Iterates over the next `steps` batches on the run's mesh, one ahead.
+
+  Yields:
+    (a batch as `run.step` takes it, the state of `data` after it).
+  """
+
+  def one():
+    batch = next(data)
+    batch.pop("mask")
+    return to_devices(batch, run), data.get_state()
+
+  yield from one_ahead(one() for _ in range(steps))
+
+
+def scored_batches(run: Run, prepared: Prepared) -> Iterator[dict[str, Any]]:
   """Iterates over the test split on the run's mesh, in order, padded."""
   size = run.spec.embedding.plan.batch_size // jax.process_count()
-  for batch in batches(run, prepared, "test", size):
-    yield to_devices(batch, run.mesh)
+  found = batches(run, prepared, "test", size)
+  yield from one_ahead(to_devices(batch, run) for batch in found)
 
 
-def to_devices(
-  batch: dict[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
-  """Puts a process's part of a batch onto the mesh, as global arrays."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, x)
-    for name, x in batch.items()
-  }
+def to_devices(batch: dict[str, np.ndarray], run: Run) -> dict[str, Any]:
+  """Puts a process's part of a batch onto a run's mesh; see `place`."""
+  return visiting.place(batch, run.mesh, run.look)

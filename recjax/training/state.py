@@ -13,6 +13,7 @@ from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding
 from recjax.embedding.tables import Tables
 from recjax.mesh import replicated
+from recjax.training.look_ahead import LookAhead
 
 
 class TrainState(NamedTuple):
@@ -52,6 +53,7 @@ class Run(NamedTuple):
   step: Callable  # (state, batch) -> (state, metrics); state is donated
   forward: Callable  # (state, batch) -> (logits, labels, mask), [B] each
   identity: Identity
+  look: LookAhead | None = None  # at the stored rows, where there are any
 
 
 def state_specs(embedding: Embedding) -> TrainState:

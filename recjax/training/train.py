@@ -51,9 +51,9 @@ def train(
     step_log.writer(workdir, first) as write,
   ):
 
-    def save(step):
+    def save(step, position):
       sums = jax.device_get(checksums(state.tables))
-      about = About(run.identity, data.get_state(), config.seed, sums)
+      about = About(run.identity, position, config.seed, sums)
       checkpoint.save(saver, step, state, plan, about)
 
     expected = plan.prediction.distinct_rows
@@ -67,15 +67,14 @@ def train(
       saver=saver,
       directory=directory,
     )
-    for step in range(first + 1, steps + 1):
-      batch = next(data)
-      batch.pop("mask")
-      state, out = run.step(state, inputs.to_devices(batch, run.mesh))
+    feed = inputs.fed(data, run, steps - first)
+    for step, (batch, position) in enumerate(feed, first + 1):
+      state, out = run.step(state, batch)
       log.add(step, out)
       every = config.checkpoint.every_steps
       if step == steps or (every and step % every == 0):
         log.flush()  # a state whose loss is not finite is never saved
-        save(step)
+        save(step, position)
     saver.wait_until_finished()
 
     # ---- Evaluate
