@@ -118,7 +118,10 @@ def test_tiers_cover_a_group_in_rank_order(plan):
       assert group.tier(name) is None
       assert group.rows_of(name) == 0
     assert group.hot == group.tier(HOT)
-    assert group.sharded == tuple(t for t in group.tiers if t.name != HOT)
+    assert group.stored == tuple(t for t in group.tiers if t.memory != "device")
+    there = [t for t in group.on_device if t is not group.visitors]
+    assert there == [t for t in group.tiers if t not in group.stored]
+    assert group.sharded == tuple(t for t in group.on_device if t.name != HOT)
     wise = group.tier(WARM) if group.table_wise else None
     assert group.table_wise_tier == wise
     for tier in group.tiers:  # padding rows come last among the warm ones

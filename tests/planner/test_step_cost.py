@@ -129,7 +129,7 @@ def test_arrays_and_numbers_agree():
     every = seconds_of(shape, t, asked)
     for i in range(3):
       one = {
-        k: x if x is None or x is True or x is False else float(x[i])
+        k: float(x[i]) if isinstance(x, np.ndarray) else x
         for k, x in dataclasses.asdict(asked).items()
       }
       one = seconds_of(shape, t, Traffic(**one))
