@@ -10,6 +10,7 @@ order in which they were given; the threads of a pool share a job's rows out.
 """
 
 import functools
+import itertools
 import os
 import pathlib
 import tempfile
@@ -233,7 +234,7 @@ class HostStore:
     """Runs f on slices of so many rows, on the threads of the pool."""
     parts = max(1, min(self._threads, rows // _LEAST_ROWS))
     ends = np.linspace(0, rows, parts + 1).astype(int)
-    slices = [slice(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
     if parts == 1:
       f(slices[0])
     else:

@@ -119,7 +119,8 @@ def init(
 ) -> Tables:
   """Makes rows uniform in +-scale by (seed, rank, column), slot variables 0.
 
-  Those in device memory (host_store.py has the stored ones). Every shard is computed where it belongs, without a temporary copy.
+  Those in device memory; host_store.py has the stored ones. Every shard is
+  computed where it belongs, without a temporary copy.
 
   Args:
     embedding: the groups.
@@ -252,8 +253,8 @@ def fill(
     mesh: where the tables are.
     block_rows: rows of a block, about.
     rows: (group, first, stop) -> arrays of numpy, [stop - first] of them; asked
-      for in ascending, adjoining ranges that cover the positions of the tiers in
-      device memory.
+      for in ascending, adjoining ranges that cover the positions of the tiers
+      in device memory.
   """
   placed = shardings(embedding, mesh)
   out: Tables = {}

@@ -29,8 +29,8 @@ from recjax.embedding.coalesce import NONE, coalesce, places_of
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.schema import AXES
 
-# Of each group with stored rows, by its name, each owner's local rows [v] int32,
-# ascending.
+# Of each group with stored rows, by its name, each owner's local rows [v]
+# int32, ascending.
 Lists = dict[str, list[np.ndarray]]
 
 

@@ -28,16 +28,15 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from recjax.embedding import tables as tables_lib
 from recjax.embedding import visits
-from recjax.embedding.coalesce import NONE
-from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.embedding import Embedding
 from recjax.embedding.host_store import HostStore
 from recjax.embedding.tables import TierArrays
-from recjax.mesh import batch_sharding, owners_here
-from recjax.schema import AXES
+from recjax.mesh import batch_sharding
+from recjax.training.transfer import Devices
 
 
 class Beside(NamedTuple):
@@ -87,9 +86,7 @@ class LookAhead:
     """
     self.embedding, self.mesh, self.store = embedding, mesh, store
     self.on_host = on_host
-    devices = mesh.devices.flat
-    self._devices = [(o, devices[o]) for o in owners_here(mesh)]
-    self._place = NamedSharding(mesh, PartitionSpec(None, AXES))
+    self._devices = Devices(mesh)
     self._steps = 0  # trained so far
     self._newest: Visit | None = None  # that was asked for
     self._last: Visit | None = None  # that was trained
@@ -113,7 +110,8 @@ class LookAhead:
     if self.on_host:
       translated, lists = visits.on_host(np.asarray(ids), self.embedding)
       need = {k: (max(map(len, of)), 0) for k, of in lists.items()}
-      mine = {k: [of[o] for o, _ in self._devices] for k, of in lists.items()}
+      here = self._devices.owners
+      mine = {k: [of[o] for o in here] for k, of in lists.items()}
       placed = jax.device_put(translated, batch_sharding(self.mesh))
       room = self._enough(room, need)
       self._newest = self._begin(ids, placed, room, mine, after)
@@ -165,66 +163,26 @@ class LookAhead:
       need = jax.device_get(found.need)
       if any(np.any(need[k] > room[k]) for k in room):
         return None
-      lists = {k: self._lists_of(x) for k, x in found.rows.items()}
+      lists = {k: self._devices.lists(x) for k, x in found.rows.items()}
     else:
       lists = found
     before = after and after.fetched.result()
-    arrays, stored, forwarded = {}, {}, {}
-    for g in self.embedding.visited:
-      v, of = room[g.name][0], lists[g.name]
-      arrays[g.name] = self._gather(g, of, v)
-      stored[g.name] = self._padded(of, v)
-      forwarded[g.name] = self._padded(self._matches(before, g.name, of), v)
-    return Fetched(lists, arrays, stored, forwarded)
+    arrays, stored = {}, {}
+    for k, of in lists.items():
+      arrays[k] = self._devices.fetch(self.store, k, of, room[k][0])
+      stored[k] = self._devices.put_lists(of, room[k][0])
+    return Fetched(lists, arrays, stored, self._matches(before, lists, room))
 
-  def _lists_of(self, rows: jax.Array) -> list[np.ndarray]:
-    """Returns the rows of this process's owners, without padding."""
-    shards = {
-      s.device: np.asarray(s.data)[:, 0] for s in rows.addressable_shards
-    }
-    mine = [shards[d] for _, d in self._devices]
-    return [x[: np.searchsorted(x, NONE)] for x in mine]
-
-  def _gather(self, g: EmbeddingGroup, lists, v: int) -> TierArrays:
-    """Gathers each owner's visitors, and puts them onto its device."""
-    stored, parts = self.store.groups[g.name], []
-    for k, (_, device) in enumerate(self._devices):
-      # New ones each time: a device that is a CPU may keep them as they are.
-      out = jax.tree.map(
-        lambda x: np.empty((v, *x.shape[1:]), x.dtype), stored.parts[0]
-      )
-      records = stored.records_of(k, lists[k])
-
-      def read(at, records=records, out=out):
-        stored.read(records[at], jax.tree.map(lambda x: x[at], out))
-
-      self.store.spread(read, len(records))
-      put = lambda x, d=device: jax.device_put(x[:, None], d)
-      parts.append(jax.tree.map(put, out))
-    return jax.tree.map(self._joined, *parts)
-
-  def _joined(self, *shards) -> jax.Array:  # [V, 1, ...] -> [V, n, ...]
-    v, _, *tail = shards[0].shape
-    shape = (v, self.embedding.plan.devices, *tail)
-    return jax.make_array_from_single_device_arrays(
-      shape, self._place, list(shards)
-    )
-
-  def _padded(self, lists, v: int) -> jax.Array:
-    """Puts each owner's list [<= v] onto its device, padded with NONE."""
-    parts = []
-    for (_, device), x in zip(self._devices, lists, strict=True):
-      padded = np.full((v, 1), NONE)
-      padded[: len(x), 0] = x
-      parts.append(jax.device_put(padded, device))
-    return self._joined(*parts)
-
-  def _matches(self, before: Fetched | None, group: str, lists):
-    """Returns where each row was a visitor before; NONE = nowhere."""
-    if before is None:
-      return [np.full(len(x), NONE) for x in lists]
-    pairs = zip(before.lists[group], lists, strict=True)
-    return [visits.forwarded(a, b) for a, b in pairs]
+  def _matches(
+    self, before: Fetched | None, lists: visits.Lists, room
+  ) -> dict[str, jax.Array]:
+    """Returns where each visitor was before, [V, n] int32; NONE = nowhere."""
+    found = {}
+    for k, of in lists.items():
+      was = before.lists[k] if before else [x[:0] for x in of]
+      at = [visits.forwarded(a, b) for a, b in zip(was, of, strict=True)]
+      found[k] = self._devices.put_lists(at, room[k][0])
+    return found
 
   # ---- Step
 
@@ -254,10 +212,7 @@ class LookAhead:
     forwarded = fetched.forwarded
     if visit.after != (self._last.serial if self._last else -1):
       last = self._last and self._last.fetched.result()
-      forwarded = {
-        k: self._padded(self._matches(last, k, of), visit.room[k][0])
-        for k, of in fetched.lists.items()
-      }
+      forwarded = self._matches(last, fetched.lists, visit.room)
     return {
       k: Beside(
         fetched.stored[k],
@@ -272,13 +227,11 @@ class LookAhead:
     if group not in self._nobody:
       (g,) = (g for g in self.embedding.visited if g.name == group)
       shapes = tables_lib.tier_shapes(g, g.group.visitors)
-
-      def zeros(x):
-        shard = np.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
-        shards = [jax.device_put(shard, d) for _, d in self._devices]
-        return self._joined(*shards)
-
-      self._nobody[group] = jax.tree.map(zeros, shapes)
+      zeros = lambda x: np.zeros((x.shape[0], *x.shape[2:]), x.dtype)
+      self._nobody[group] = jax.tree.map(
+        lambda x: self._devices.put([zeros(x)] * len(self._devices.owners)),
+        shapes,
+      )
     return self._nobody[group]
 
   def returned(self, visit: Visit, updated: dict[str, TierArrays]) -> None:
@@ -293,25 +246,10 @@ class LookAhead:
 
   def _return(self, lists, updated: dict[str, TierArrays]) -> None:
     for group, arrays in updated.items():
-      stored = self.store.groups[group]
-      for k, (_, device) in enumerate(self._devices):
-        values = jax.tree.map(
-          lambda x, d=device: np.asarray(_shard(x, d))[:, 0], arrays
-        )
-        records = stored.records_of(k, lists[group][k])
-
-        def write(at, records=records, values=values):
-          stored.write(records[at], jax.tree.map(lambda x: x[at], values))
-
-        self.store.spread(write, len(records))
+      self._devices.write_back(self.store, group, lists[group], arrays)
 
   def flush(self) -> None:
     """Waits until the store has all visitors back."""
     for f in self._returns:
       f.result()
     self._returns = []
-
-
-def _shard(x: jax.Array, device: jax.Device) -> jax.Array:
-  """Returns a device's part of an array."""
-  return next(s.data for s in x.addressable_shards if s.device == device)
