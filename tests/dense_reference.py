@@ -20,7 +20,7 @@ from recjax.mesh import make_mesh
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature, columns_of
-from recjax.training import visiting
+from recjax.training import inputs, visiting
 from recjax.training.state import Identity, Run, StepSpec, first_state
 
 BATCH, DENSE, STEPS = 32, 3, 20
@@ -237,7 +237,13 @@ def wanted(case: Case):
 
 
 def build(
-  case: Case, plan: Plan, wire_dtype=jnp.float32, options=None, **of_look
+  case: Case,
+  plan: Plan,
+  *,
+  wire_dtype=jnp.float32,
+  options=None,
+  on_host=None,
+  **of_store,
 ) -> Run:
   """A fresh run of a case under a plan, which cannot be saved.
 
@@ -245,7 +251,8 @@ def build(
     case, plan: what to run.
     wire_dtype: of the exchange.
     options: the compiler's; helpers.FAST if None.
-    **of_look: of make_look_ahead.
+    on_host: whether NumPy finds out which stored rows visit.
+    **of_store: of make_store.
   """
   mesh = make_mesh(plan.devices, plan.node_devices)
   optimizer_of = {p.name: OPTIMIZERS[p.optimizer]() for p in case.parts}
@@ -255,17 +262,21 @@ def build(
   spec = StepSpec(apply_of(case), embedding, optax.adagrad(LEARNING_RATE))
   where = positions.of_groups(plan, profile_of(case))
   ranks = {name: of.ranks for name, of in where.items()}
-  look = visiting.make_look_ahead(spec, mesh, **of_look)
-  if look:
-    host_store.init(look.store, embedding, 0.5)
+  store = visiting.make_store(spec, mesh, **of_store)
+  if store:
+    host_store.init(store, embedding, 0.5)
+  step = visiting.make_step(
+    spec, mesh, store, on_host=on_host, options=options or helpers.FAST
+  )
   return Run(
     spec,
     mesh,
     first_state(spec, mesh, init_params(case), 0.5, ranks),
-    visiting.make_run_step(spec, mesh, look, options or helpers.FAST),
-    visiting.make_run_forward(spec, mesh, look),
+    step.train,
+    step.forward,
     Identity({}, "", 0),
-    look,
+    step.place,
+    store,
   )
 
 
@@ -284,7 +295,7 @@ def profile_of(case: Case) -> Profile:
 def by_rank(case: Case, run: Run):
   """{group: rows and slot variables}, wherever table-wise rows lie."""
   plan = run.spec.embedding.plan
-  found = helpers.in_rank_order(run.state.tables, plan, run.look)
+  found = helpers.in_rank_order(run.state.tables, plan, run.store)
   for name, where in positions.of_groups(plan, profile_of(case)).items():
     ranks = where.ranks_of(0, plan.group(name).rows)
     for x in jax.tree.leaves(found[name]):  # nothing where there is no row
@@ -317,10 +328,10 @@ def train(case: Case, plan: Plan, *, ahead=True, **kw):
         if mine:
           at = columns[f.name]
           batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
-      yield visiting.place(batch, run.mesh, run.look)
+      yield run.place(batch)
 
   state, rounds = run.state, []
-  for batch in visiting.one_ahead(placed()) if ahead else placed():
+  for batch in inputs.one_ahead(placed()) if ahead else placed():
     with jax.transfer_guard("disallow"):
       state, metrics = run.step(state, batch)
     rounds.append(int(metrics["rounds"]))
@@ -338,6 +349,6 @@ def check(case: Case, plan: Plan, *, overflows=None, **kw):
   helpers.assert_close(run.state.params, params)
   if overflows is not None:
     assert (max(rounds) > 1) == overflows
-  if run.look:
-    run.look.store.close()
+  if run.store:
+    run.store.close()
   return run.state

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from recjax.embedding.host_store import HostStore
 from recjax.embedding.tables import Tables
 from recjax.plan.layout import shard_rows
 from recjax.plan.plan import (
@@ -24,7 +25,6 @@ from recjax.plan.plan import (
   Tier,
 )
 from recjax.schema import AXES, DEVICE
-from recjax.training.look_ahead import LookAhead
 
 # As users compile, whatever conftest.py says.
 OPTIMIZED: dict[str, Any] = {
@@ -157,11 +157,11 @@ def make_plan(devices, rows, hot, warm, *, batch_size=0, **group) -> Plan:
   )
 
 
-def in_rank_order(tables: Tables, plan: Plan, look: LookAhead | None = None):
+def in_rank_order(tables: Tables, plan: Plan, store: HostStore | None = None):
   """{group: TierArrays of numpy}: rows and slot variables, by position."""
-  if look:
-    look.flush()
-  stored = look.store.groups if look else {}
+  if store:
+    store.flush()
+  stored = store.groups if store else {}
   return {
     g.name: _joined(tables[g.name], g, stored.get(g.name)) for g in plan.groups
   }

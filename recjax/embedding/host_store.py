@@ -24,8 +24,8 @@ import numpy as np
 
 from recjax.embedding.coalesce import NONE
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.row_random import initial_rows
-from recjax.embedding.tables import TierArrays
 from recjax.errors import UserError
 from recjax.plan.plan import Tier
 
@@ -210,6 +210,8 @@ class HostStore:
     self._pool = ThreadPoolExecutor(threads, "recjax-store")
     self._queue = ThreadPoolExecutor(1, "recjax-store-queue")
     self._threads, self._delay = threads, delay
+    self._writes: list[Future] = []
+    self.version = 0  # counts how often all rows were replaced
 
   def submit(self, job: Callable[[], Any]) -> Future:
     """Puts a job at the end of the queue; returns the future of its result."""
@@ -221,9 +223,22 @@ class HostStore:
 
     return self._queue.submit(run)
 
+  def write(self, job: Callable[[], Any]) -> None:
+    """Puts a job that writes at the end of the queue.
+
+    Raises what an earlier one has raised.
+    """
+    for f in self._writes:
+      if f.done():
+        f.result()
+    self._writes = [f for f in self._writes if not f.done()]
+    self._writes.append(self.submit(job))
+
   def flush(self) -> None:
-    """Waits for all jobs that were given."""
-    self._queue.submit(lambda: None).result()
+    """Waits for all writes; raises what one of them has raised."""
+    for f in self._writes:
+      f.result()
+    self._writes = []
 
   def close(self) -> None:
     """Ends the threads, after the jobs that were given."""

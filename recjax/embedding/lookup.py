@@ -16,9 +16,10 @@ from recjax.embedding import exchange, table_wise
 from recjax.embedding.buckets import buckets_of
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.exchange import Round, Route
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.pooling import by_feature, coefficients, masks_of, pool
 from recjax.embedding.table_wise import BagResiduals
-from recjax.embedding.tables import Tables, TierArrays, gather
+from recjax.embedding.tables import Tables, gather
 from recjax.plan.plan import Tier
 
 

@@ -19,7 +19,8 @@ from jax import lax
 from recjax.embedding import wire
 from recjax.embedding.coalesce import NONE, coalesce
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
-from recjax.embedding.tables import TierArrays, gather
+from recjax.embedding.optimizers import TierArrays
+from recjax.embedding.tables import gather
 from recjax.plan import layout
 from recjax.schema import AXES, Feature, activations_of, columns_of
 

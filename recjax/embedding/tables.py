@@ -9,7 +9,6 @@ reshaped: a reshape around an update would copy the shard.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +17,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.row_random import initial_rows
 from recjax.plan.plan import Tier
 from recjax.schema import AXES
-
-
-class TierArrays(NamedTuple):
-  """Rows of a tier and their slot variables.
-
-  rows [K, d] of replicas, or [ceil(K / n), n, d]; a slot variable the same, or
-  without d.
-  """
-
-  rows: jax.Array
-  slots: dict[str, jax.Array]  # slot variables by name
-
 
 # Of each group, by its name, its tiers in device memory, by their names: in
 # rank order, or in the order of positions where tables are table-wise.

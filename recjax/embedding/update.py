@@ -16,9 +16,10 @@ from recjax.embedding.buckets import TierBuckets, buckets_of
 from recjax.embedding.coalesce import NONE, coalesce
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.lookup import Residuals, replica_rows
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.pooling import joined, spread
 from recjax.embedding.row_random import row_bits, stochastic_round
-from recjax.embedding.tables import Tables, TierArrays, gather, scatter
+from recjax.embedding.tables import Tables, gather, scatter
 from recjax.plan.plan import Tier
 from recjax.schema import AXES
 

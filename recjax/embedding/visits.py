@@ -27,11 +27,20 @@ from jax.sharding import Mesh, PartitionSpec
 from recjax.embedding import wire
 from recjax.embedding.coalesce import NONE, coalesce, places_of
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.optimizers import TierArrays
 from recjax.schema import AXES
 
 # Of each group with stored rows, by its name, each owner's local rows [v]
 # int32, ascending.
 Lists = dict[str, list[np.ndarray]]
+
+
+class Beside(NamedTuple):
+  """What a step needs of a group's visitors beside their rows, on the mesh."""
+
+  stored: jax.Array  # [V, n] int32: their local rows in the store
+  forwarded: jax.Array  # [V, n] int32: places in `before`, NONE = fetched
+  before: TierArrays  # [V', n, ...]: the visitors of the step before, updated
 
 
 # ---- By NumPy

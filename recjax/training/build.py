@@ -17,6 +17,7 @@ from recjax.models import build as models
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature, TableGroup, groups_of
+from recjax.training import visiting
 from recjax.training.dense_optimizer import dense_optimizer
 from recjax.training.inputs import run_length
 from recjax.training.state import (
@@ -26,11 +27,7 @@ from recjax.training.state import (
   TrainState,
   first_state,
 )
-from recjax.training.visiting import (
-  make_look_ahead,
-  make_run_forward,
-  make_run_step,
-)
+from recjax.training.visiting import make_store
 
 
 def table_groups(
@@ -105,17 +102,19 @@ def build(
     name: of.ranks
     for name, of in positions.of_groups(plan, prepared.profile).items()
   }
-  look = make_look_ahead(spec, mesh)
-  if look:
-    host_store.init(look.store, spec.embedding, e.init_scale)
+  store = make_store(spec, mesh)
+  if store:
+    host_store.init(store, spec.embedding, e.init_scale)
+  step, forward, place = visiting.make_step(spec, mesh, store)
   return Run(
     spec,
     mesh,
     first_state(spec, mesh, params, e.init_scale, ranks),
-    reused(make_run_step(spec, mesh, look)),
-    make_run_forward(spec, mesh, look),
+    reused(step),
+    forward,
     identity_of(config, prepared, params if model else None),
-    look,
+    place,
+    store,
   )
 
 

@@ -24,7 +24,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
-from recjax.embedding.tables import Tables, TierArrays
+from recjax.embedding.optimizers import TierArrays
+from recjax.embedding.tables import Tables
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.mesh import replicated

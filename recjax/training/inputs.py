@@ -1,19 +1,16 @@
 """Batches of prepared data for a run: this process's parts, onto devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 
 from recjax.config import Config
 from recjax.data import batches as batches_lib
 from recjax.data.prepared import Prepared
 from recjax.plan import positions
-from recjax.training import visiting
 from recjax.training.state import Run
-from recjax.training.visiting import one_ahead
 
 
 def local_batch(config: Config) -> int:
@@ -97,7 +94,7 @@ def fed(
   def one():
     batch = next(data)
     batch.pop("mask")
-    return to_devices(batch, run), data.get_state()
+    return run.place(batch), data.get_state()
 
   yield from one_ahead(one() for _ in range(steps))
 
@@ -106,9 +103,17 @@ def scored_batches(run: Run, prepared: Prepared) -> Iterator[dict[str, Any]]:
   """Iterates over the test split on the run's mesh, in order, padded."""
   size = run.spec.embedding.plan.batch_size // jax.process_count()
   found = batches(run, prepared, "test", size)
-  yield from one_ahead(to_devices(batch, run) for batch in found)
+  yield from one_ahead(run.place(batch) for batch in found)
 
 
-def to_devices(batch: dict[str, np.ndarray], run: Run) -> dict[str, Any]:
-  """Puts a process's part of a batch onto a run's mesh; see `place`."""
-  return visiting.place(batch, run.mesh, run.look)
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+  """Yields items, each when the next one is there: what looks ahead."""
+  items = iter(items)
+  try:
+    item = next(items)
+  except StopIteration:
+    return
+  for following in items:
+    yield item
+    item = following
+  yield item

@@ -34,17 +34,9 @@ from recjax.embedding import tables as tables_lib
 from recjax.embedding import visits
 from recjax.embedding.embedding import Embedding
 from recjax.embedding.host_store import HostStore
-from recjax.embedding.tables import TierArrays
+from recjax.embedding.optimizers import TierArrays
 from recjax.mesh import batch_sharding
 from recjax.training.transfer import Devices
-
-
-class Beside(NamedTuple):
-  """What a step needs of a group's visitors beside their rows, on the mesh."""
-
-  stored: jax.Array  # [V, n] int32: their local rows in the store
-  forwarded: jax.Array  # [V, n] int32: places in `before`, NONE = fetched
-  before: TierArrays  # [V', n, ...]: the visitors of the step before, updated
 
 
 class Fetched(NamedTuple):
@@ -66,7 +58,8 @@ class Visit:
   room: dict[str, tuple[int, int]]  # V by group, and rows asked of an owner
   need: dict[str, jax.Array] | None  # as `visits.Asked` has it
   after: int  # serial of the batch that is trained before, as it seems; -1
-  seen: int  # steps whose visitors the store has back when it is read
+  # Steps whose visitors the store has back when it is read, and its version.
+  seen: tuple[int, int]
   fetched: Future  # of Fetched; None where the room was too small
 
 
@@ -88,12 +81,12 @@ class LookAhead:
     self.on_host = on_host
     self._devices = Devices(mesh)
     self._steps = 0  # trained so far
+    self._version = store.version  # of the store that they were trained with
     self._newest: Visit | None = None  # that was asked for
     self._last: Visit | None = None  # that was trained
     self._serials = itertools.count()
     self._updated: dict[str, TierArrays] = {}  # its visitors
     self._nobody: dict[str, TierArrays] = {}
-    self._returns: list[Future] = []
     self._programs: dict[Any, Callable] = {}
 
   # ---- Visit
@@ -108,7 +101,7 @@ class LookAhead:
     room = {k: (t.shard_rows, t.capacity) for k, t in visitors.items()}
     after = self._newest
     if self.on_host:
-      translated, lists = visits.on_host(np.asarray(ids), self.embedding)
+      translated, lists = visits.on_host(jax.device_get(ids), self.embedding)
       need = {k: (max(map(len, of)), 0) for k, of in lists.items()}
       here = self._devices.owners
       mine = {k: [of[o] for o in here] for k, of in lists.items()}
@@ -139,7 +132,7 @@ class LookAhead:
       room,
       found.need if isinstance(found, visits.Asked) else None,
       after.serial if after else -1,
-      self._steps,
+      (self._steps, self.store.version),
       self.store.submit(fetch),
     )
 
@@ -189,9 +182,11 @@ class LookAhead:
   def ready(self, visit: Visit, late: int = 1) -> tuple[Visit, Fetched]:
     """Waits for a visit; begins anew where its room was too small.
 
-    Where the store was read too early, it is read again: before it had all
-    visitors back but those of the last `late` steps.
+    Where the store was read too early, it is read again: before it was filled
+    anew, or had all visitors back but those of the last `late` steps.
     """
+    if self._version != self.store.version:  # no row is newer than its own
+      self._version, self._last, self._updated = self.store.version, None, {}
     fetched = visit.fetched.result()
     while fetched is None:
       need = {
@@ -200,21 +195,22 @@ class LookAhead:
       room = self._enough(visit.room, need)
       visit = self._ask(visit.raw, room, self._last)
       fetched = visit.fetched.result()
-    if visit.seen + late < self._steps:
+    steps, version = visit.seen
+    if version != self._version or steps + late < self._steps:
       visit = self._begin(
         visit.raw, visit.ids, visit.room, fetched.lists, self._last
       )
       fetched = visit.fetched.result()
     return visit, fetched
 
-  def beside(self, visit: Visit, fetched: Fetched) -> dict[str, Beside]:
+  def beside(self, visit: Visit, fetched: Fetched) -> dict[str, visits.Beside]:
     """Returns what the step after the last one needs beside the rows."""
     forwarded = fetched.forwarded
     if visit.after != (self._last.serial if self._last else -1):
       last = self._last and self._last.fetched.result()
       forwarded = self._matches(last, fetched.lists, visit.room)
     return {
-      k: Beside(
+      k: visits.Beside(
         fetched.stored[k],
         forwarded[k],
         self._updated.get(k) or self._nobody_before(k),
@@ -240,16 +236,8 @@ class LookAhead:
       x.copy_to_host_async()
     self._steps, self._last, self._updated = self._steps + 1, visit, updated
     lists = visit.fetched.result().lists
-    done = self.store.submit(functools.partial(self._return, lists, updated))
-    self._returns = [f for f in self._returns if not f.done() or f.result()]
-    self._returns.append(done)
+    self.store.write(functools.partial(self._return, lists, updated))
 
   def _return(self, lists, updated: dict[str, TierArrays]) -> None:
     for group, arrays in updated.items():
       self._devices.write_back(self.store, group, lists[group], arrays)
-
-  def flush(self) -> None:
-    """Waits until the store has all visitors back."""
-    for f in self._returns:
-      f.result()
-    self._returns = []

@@ -11,9 +11,9 @@ from jax.sharding import Mesh, PartitionSpec
 
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding
+from recjax.embedding.host_store import HostStore
 from recjax.embedding.tables import Tables
 from recjax.mesh import replicated
-from recjax.training.look_ahead import LookAhead
 
 
 class TrainState(NamedTuple):
@@ -53,7 +53,10 @@ class Run(NamedTuple):
   step: Callable  # (state, batch) -> (state, metrics); state is donated
   forward: Callable  # (state, batch) -> (logits, labels, mask), [B] each
   identity: Identity
-  look: LookAhead | None = None  # at the stored rows, where there are any
+  # Puts a process's part of a batch onto the mesh, and begins to fetch its
+  # stored rows: {name: NumPy array} -> batch.
+  place: Callable
+  store: HostStore | None = None  # of stored rows, where there are any
 
 
 def state_specs(embedding: Embedding) -> TrainState:

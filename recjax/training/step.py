@@ -12,9 +12,9 @@ from recjax.embedding import tables as tables_lib
 from recjax.embedding.coalesce import NONE
 from recjax.embedding.embedding import Embedding
 from recjax.embedding.tables import Tables
+from recjax.embedding.visits import Beside
 from recjax.plan.plan import VISITORS
 from recjax.schema import AXES
-from recjax.training.look_ahead import Beside
 from recjax.training.state import (
   StepSpec,
   TrainState,

@@ -1,7 +1,7 @@
 """A run's step and forward pass, with the stored rows that visit them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,28 +14,94 @@ from recjax.training.state import StepSpec, TrainState
 from recjax.training.step import make_forward, make_train_step
 
 
-def make_look_ahead(
+def make_store(
   spec: StepSpec, mesh: Mesh, directory: str = "", **options: Any
-) -> LookAhead | None:
-  """Makes the store of a run's stored rows and what looks ahead for them.
+) -> HostStore | None:
+  """Makes the store of a run's stored rows; None where none are.
 
-  Their values are not set. None where no rows are stored.
+  Their values are not set.
 
   Args:
     spec: of the run.
     mesh: of the plan.
     directory: of the files of frozen rows.
-    **options: of HostStore, and on_host, of LookAhead; by default where a
-      process has the whole batch and its devices are CPUs.
+    **options: of HostStore.
   """
   if not spec.embedding.visited:
     return None
-  alone = jax.process_count() == 1
-  on_host = alone and mesh.devices.flat[0].platform == "cpu"
-  on_host = options.pop("on_host", on_host)
-  owners = owners_here(mesh)
-  store = HostStore(spec.embedding, owners, directory, **options)
-  return LookAhead(spec.embedding, mesh, store, on_host)
+  return HostStore(spec.embedding, owners_here(mesh), directory, **options)
+
+
+class Step(NamedTuple):
+  """What a run does with its batches; see `state.Run`."""
+
+  train: Callable
+  forward: Callable
+  place: Callable
+
+
+def make_step(
+  spec: StepSpec,
+  mesh: Mesh,
+  store: HostStore | None,
+  *,
+  on_host: bool | None = None,
+  options: dict | None = None,
+) -> Step:
+  """Makes a run's step, forward pass and placing of batches.
+
+  The first two take batches that were placed, and others, as long as their ids
+  are on the mesh: what visits is then found out, and fetched, at once.
+
+  Args:
+    spec: of the run.
+    mesh: of the plan.
+    store: of stored rows.
+    on_host: whether NumPy finds out what visits; None = where a process has the
+      whole batch and its devices are CPUs.
+    options: the compiler's, for the train step.
+  """
+  if on_host is None:
+    cpus = mesh.devices.flat[0].platform == "cpu"
+    on_host = cpus and jax.process_count() == 1
+  look = store and LookAhead(spec.embedding, mesh, store, on_host)
+  compiled = _Sized(lambda spec: make_train_step(spec, mesh, options), spec)
+  scored = _Sized(lambda spec: make_forward(spec, mesh), spec)
+
+  def train(state: TrainState, batch: Mapping[str, Any]):
+    batch, visit = _apart(batch)
+    if look is None:
+      return compiled(None)(state, batch, {}, {})[:2]
+    visit, fetched = look.ready(visit or look.visit(batch["ids"]))
+    batch["ids"], beside = visit.ids, look.beside(visit, fetched)
+    step = compiled(visit)
+    state, metrics, updated = step(state, batch, fetched.arrays, beside)
+    look.returned(visit, updated)
+    return state, metrics
+
+  def forward(state: TrainState, batch: Mapping[str, Any]):
+    batch, visit = _apart(batch)
+    if look is None:
+      return scored(None)(state, batch, {})
+    visit, fetched = look.ready(visit or look.visit(batch["ids"]), late=0)
+    return scored(visit)(state, batch | {"ids": visit.ids}, fetched.arrays)
+
+  def place(batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    sharding = batch_sharding(mesh)
+    placed: dict[str, Any] = {
+      name: jax.make_array_from_process_local_data(sharding, x)
+      for name, x in batch.items()
+    }
+    if look is not None:
+      placed["visit"] = look.visit((batch if on_host else placed)["ids"])
+    return placed
+
+  return Step(train, forward, place)
+
+
+def _apart(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Visit | None]:
+  batch = dict(batch)
+  return batch, batch.pop("visit", None)
 
 
 class _Sized:
@@ -52,86 +118,3 @@ class _Sized:
       embedding = self._spec.embedding.with_visitors(rows)
       self._made[key] = self._make(self._spec._replace(embedding=embedding))
     return self._made[key]
-
-
-def make_run_step(
-  spec: StepSpec,
-  mesh: Mesh,
-  look: LookAhead | None,
-  options: dict | None = None,
-):
-  """Makes (state, batch) -> (state, metrics); the state is donated.
-
-  The batch may be one that `placed` has looked ahead for, or any other.
-
-  Args:
-    spec, mesh: as `make_train_step` has them.
-    look: ahead for the stored rows; None where there are none.
-    options: the compiler's.
-  """
-  sized = _Sized(lambda spec: make_train_step(spec, mesh, options), spec)
-
-  def step(state: TrainState, batch: Mapping[str, Any]):
-    batch, visit = _apart(batch)
-    if look is None:
-      return sized(None)(state, batch, {}, {})[:2]
-    visit, fetched = look.ready(visit or look.visit(batch["ids"]))
-    batch["ids"], beside = visit.ids, look.beside(visit, fetched)
-    state, metrics, updated = sized(visit)(state, batch, fetched.arrays, beside)
-    look.returned(visit, updated)
-    return state, metrics
-
-  return step
-
-
-def make_run_forward(spec: StepSpec, mesh: Mesh, look: LookAhead | None):
-  """Makes (state, batch) -> (logits, labels, mask), [B] each."""
-  sized = _Sized(lambda spec: make_forward(spec, mesh), spec)
-
-  def forward(state: TrainState, batch: Mapping[str, Any]):
-    batch, visit = _apart(batch)
-    if look is None:
-      return sized(None)(state, batch, {})
-    visit, fetched = look.ready(visit or look.visit(batch["ids"]), late=0)
-    return sized(visit)(state, batch | {"ids": visit.ids}, fetched.arrays)
-
-  return forward
-
-
-def _apart(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Visit | None]:
-  batch = dict(batch)
-  return batch, batch.pop("visit", None)
-
-
-# ---- Batches
-
-
-def place(
-  batch: Mapping[str, np.ndarray], mesh: Mesh, look: LookAhead | None
-) -> dict[str, Any]:
-  """Puts a process's part of a batch onto the mesh, and asks for its rows.
-
-  Returns:
-    Global arrays; and its `Visit` where rows are stored.
-  """
-  sharding = batch_sharding(mesh)
-  placed: dict[str, Any] = {
-    name: jax.make_array_from_process_local_data(sharding, x)
-    for name, x in batch.items()
-  }
-  if look is not None:
-    placed["visit"] = look.visit((batch if look.on_host else placed)["ids"])
-  return placed
-
-
-def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
-  """Yields items, each when the next one is there: what looks ahead."""
-  items = iter(items)
-  try:
-    item = next(items)
-  except StopIteration:
-    return
-  for following in items:
-    yield item
-    item = following
-  yield item

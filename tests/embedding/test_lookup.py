@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from recjax.embedding import lookup, optimizers, tables, update
 from recjax.embedding.embedding import make_embedding
-from recjax.embedding.tables import TierArrays
+from recjax.embedding.optimizers import TierArrays
 from recjax.mesh import batch_sharding, make_mesh
 from recjax.plan.plan import Plan
 from recjax.schema import AXES, Feature, columns_of

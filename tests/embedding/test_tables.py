@@ -10,8 +10,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from recjax.embedding import optimizers, tables
 from recjax.embedding.embedding import make_embedding
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.row_random import initial_rows
-from recjax.embedding.tables import TierArrays
 from recjax.mesh import make_mesh
 from recjax.plan.plan import HOT, Plan
 from recjax.schema import AXES, DEVICE, Feature
