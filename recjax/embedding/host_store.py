@@ -63,6 +63,7 @@ class StoredRows:
       )
     counts = [-(-t.rows // t.owners) * len(owners) for t in stored]
     self._starts = np.cumsum([0, *counts])
+    self._tiers = stored
     self.parts = tuple(
       _arrays(g, tier, count, directory)
       for tier, count in zip(stored, counts, strict=True)
@@ -78,6 +79,11 @@ class StoredRows:
   def nbytes(self) -> int:
     """Bytes of all arrays."""
     return sum(x.nbytes for x in jax.tree.leaves(self.parts))
+
+  def tiers(self) -> list[tuple[Tier, int, int]]:
+    """Returns (a tier, its first record, one past its last) of each."""
+    starts = [int(x) for x in self._starts]
+    return list(zip(self._tiers, starts[:-1], starts[1:], strict=True))
 
   def records_of(self, k: int, local: np.ndarray) -> np.ndarray:
     """Returns the records of the k-th owner's local rows [v] int32."""
@@ -130,11 +136,11 @@ class StoredRows:
 
   def block(self, first: int, stop: int) -> TierArrays:
     """Returns a copy of the records [first, stop)."""
-    records = np.arange(first, stop)
-    make = lambda x: np.empty((len(records), *x.shape[1:]), x.dtype)
-    out = jax.tree.map(make, self.parts[0])
-    self.read(records, out)
-    return out
+    found = [
+      jax.tree.map(lambda x, s=s: x[max(0, first - s) : max(0, stop - s)], part)
+      for part, s in zip(self.parts, self._starts, strict=False)
+    ]
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
 
 def _as_records(x: np.ndarray) -> np.ndarray:  # [m, ...] -> [m] void

@@ -7,7 +7,7 @@ import jax
 
 from recjax.config import Config
 from recjax.data.prepared import Prepared, copy_vocabulary
-from recjax.training import checkpoint, inputs, step_log
+from recjax.training import checkpoint, checksums, inputs, step_log
 from recjax.training.checkpoint import About
 from recjax.training.evaluate import evaluate
 from recjax.training.state import Run
@@ -45,16 +45,16 @@ def train(
 
   # ---- Loop
   plan, state = run.spec.embedding.plan, run.state
-  checksums = checkpoint.make_checksums(run.spec.embedding, run.mesh)
+  sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
     step_log.writer(workdir, first) as write,
   ):
 
     def save(step, position):
-      sums = jax.device_get(checksums(state.tables))
+      sums = jax.device_get(sums_of(state.tables))
       about = About(run.identity, position, config.seed, sums)
-      checkpoint.save(saver, step, state, plan, about)
+      checkpoint.save(saver, step, run._replace(state=state), about)
 
     expected = plan.prediction.distinct_rows
     log = step_log.StepLog(
