@@ -60,8 +60,18 @@ def forward(
 
   Returns:
     ({feature: [b, h, d] float32}, Residuals).
+
+  Raises:
+    ValueError: a group's visitors are missing.
   """
   plan, ids = embedding.plan, batch["ids"]
+  for g in embedding.visited:
+    if g.group.visitors.name not in tables[g.name]:
+      raise ValueError(
+        f"group {g.name} has rows in host memory, which this lookup cannot "
+        "fetch: use run.step and run.forward, or a plan with all rows on the "
+        "devices (config.plan.device_memory_mb, config.plan.warm_rows = -1)"
+      )
   groups, own_ids = [], []
   for g in embedding.groups:
     mine = g.take(ids)

@@ -34,25 +34,30 @@ def spec_of(tier: Tier) -> PartitionSpec:
   return PartitionSpec(None, tier.axes if len(tier.axes) > 1 else tier.axes[0])
 
 
-def specs(embedding: Embedding) -> Tables:
-  """Returns the PartitionSpecs of the tables, as `shard_map` wants them."""
+def specs(embedding: Embedding, visitors: bool = False) -> Tables:
+  """Returns the PartitionSpecs of the tables, as `shard_map` wants them.
+
+  Args:
+    embedding: the groups.
+    visitors: whether they are among the tables.
+  """
   return {
     g.name: {
       t.name: TierArrays(
         spec_of(t), dict.fromkeys(g.optimizer.slots, spec_of(t))
       )
-      for t in g.group.resident
+      for t in (g.group.on_device if visitors else g.group.resident)
     }
     for g in embedding.groups
   }
 
 
-def shapes(embedding: Embedding) -> Tables:
-  """Returns the shapes and dtypes of the tables."""
+def shapes(embedding: Embedding, visitors: bool = False) -> Tables:
+  """Returns the shapes and dtypes of the tables; see `specs`."""
   found: Tables = {}
   for g in embedding.groups:
     found[g.name] = {}
-    for t in g.group.resident:
+    for t in g.group.on_device if visitors else g.group.resident:
       found[g.name][t.name] = tier_shapes(g, t)
   return found
 

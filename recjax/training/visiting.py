@@ -1,16 +1,22 @@
 """A run's step and forward pass, with the stored rows that visit them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
+from recjax.embedding import lookup, optimizers
+from recjax.embedding import tables as tables_lib
+from recjax.embedding.embedding import make_embedding
 from recjax.embedding.host_store import HostStore
 from recjax.mesh import batch_sharding, owners_here
+from recjax.plan.plan import VISITORS, Group
+from recjax.schema import AXES, Feature
 from recjax.training.look_ahead import LookAhead, Visit
-from recjax.training.state import StepSpec, TrainState
+from recjax.training.state import Run, StepSpec, TrainState
 from recjax.training.step import make_forward, make_train_step
 
 
@@ -97,6 +103,40 @@ def make_step(
     return placed
 
   return Step(train, forward, place)
+
+
+def read_rows(run: Run, group: Group, at: np.ndarray) -> np.ndarray:
+  """Returns the rows of a group at positions [k] int32: [k, d] float32.
+
+  Every process asks for the same ones.
+  """
+  embedding = run.spec.embedding
+  plan = dataclasses.replace(embedding.plan, groups=(group,))
+  reader = make_embedding(
+    plan,
+    (Feature("rows", group.tables[0], len(at), "none"),),
+    {group.name: optimizers.sgd(0.0)},
+  )
+  ids = np.full((plan.devices, len(at)), -1, np.int32)
+  ids[0] = at  # the first device asks, the others for nothing
+  placed = jax.device_put(ids, batch_sharding(run.mesh))
+  tiers = dict(run.state.tables[group.name])
+  if run.store and group.visitors:
+    alone = jax.process_count() == 1
+    look = LookAhead(reader, run.mesh, run.store, alone)
+    visit, fetched = look.ready(look.visit(ids if alone else placed))
+    room = {k: v for k, (v, _) in visit.room.items()}
+    reader, placed = reader.with_visitors(room), visit.ids
+    tiers[VISITORS] = fetched.arrays[group.name]
+  tables = {group.name: {t: x._replace(slots={}) for t, x in tiers.items()}}
+  forward = jax.shard_map(
+    lambda tables, ids: lookup.forward(reader, tables, {"ids": ids})[0],
+    mesh=run.mesh,
+    in_specs=(tables_lib.specs(reader, visitors=True), PartitionSpec(AXES)),
+    out_specs=PartitionSpec(AXES),
+    check_vma=False,
+  )
+  return np.asarray(jax.jit(forward)(tables, placed)["rows"][0])
 
 
 def _apart(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Visit | None]:
