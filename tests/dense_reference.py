@@ -56,6 +56,9 @@ class Case(NamedTuple):
 
   parts: tuple[Part, ...]
   features: tuple[Feature, ...]
+  # What a batch's rows have to do with the last one's: "some" are the same,
+  # "all" are, or "none".
+  repeats: str = "some"
 
   def part_of(self, feature: Feature) -> Part:
     return next(p for p in self.parts if feature.table in p.tables)
@@ -65,12 +68,16 @@ def batches(case: Case, steps=STEPS, seed=0):
   """Power-law ids over each table's part of its group's ranks, interleaved."""
   rng = np.random.default_rng(seed)
   used = [f.table for f in case.features]
-  for _ in range(steps):
+  for step in range(steps):
     columns = []
+    if case.repeats == "all":
+      rng = np.random.default_rng(seed)
     for f in case.features:
       part = case.part_of(f)
       names = [t for t in dict.fromkeys(used) if t in part.tables]
       ranks = np.arange(names.index(f.table), part.rows, len(names))
+      if case.repeats == "none":
+        ranks = ranks[step % 2 :: 2]
       draw = np.minimum(rng.zipf(1.3, (BATCH, f.hotness)) - 1, len(ranks) - 1)
       ids = ranks[draw]
       length = rng.integers(0, f.hotness + 1, (BATCH, 1))
