@@ -15,7 +15,8 @@ part by Adagrad) on the same batches, with the 26 Criteo Kaggle tables:
 
 torch's tables are on the CPU, its dense part is on the GPU where it sees one;
 with --device_share 0.02, a fiftieth of the rows fit recjax's device memory, and
-the planner says which rows those are.
+the planner says which rows those are. recjax's lookups are sorted as data.route
+says: on CPUs by a thread during the step before, in the time that is measured.
 
 A sample looks one row of each table up, or with --multi_hot 1 to 100, 214 in
 all. Ids are drawn from a power law, the hottest first in every table.
@@ -201,6 +202,7 @@ def parse():
     default=2,
     help="rows that recjax's device holds / all",
   )
+  add("--route", choices=["auto", "host", "device"], default="auto")
   add("--topology", default="", help="recjax's: a preset or file; else found")
   add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
   add("--rivals_python", default=sys.executable, help="has torch and fbgemm")
@@ -239,7 +241,7 @@ def main():
     results = compare(one)
     names = ("dim", "batch", "exponent", "lookups")
     names += ("cores", "rounds", "steps", "malloc")
-    names += ("device_share", "topology", "mixed")
+    names += ("device_share", "topology", "mixed", "route")
     settings = {k: getattr(one, k) for k in names}
     report(settings, results)
     runs.append({**settings, "results": results})

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recjax.embedding import optimizers
+from recjax.embedding import host_route, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, make_mesh
@@ -273,10 +273,11 @@ def by_rank(case: Case, plan: Plan, state: TrainState):
   return found
 
 
-def train(case: Case, plan: Plan, *, options=None, **kw):
+def train(case: Case, plan: Plan, *, options=None, routed=False, **kw):
   """Trains as the system does, and moves nothing between host and device.
 
-  `options` are the compiler's, helpers.FAST if None. Returns (tables before in
+  `options` are the compiler's, helpers.FAST if None; `routed`, batches bring
+  their routes. Returns (tables before in
   rank order, state after, rounds of each step).
   """
   spec, mesh, state = build(case, plan, **kw)
@@ -291,6 +292,9 @@ def train(case: Case, plan: Plan, *, options=None, **kw):
       if mine:
         at = columns[f.name]
         batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
+    if routed:
+      ids, n = batch["ids"], plan.devices
+      batch["route"] = host_route.routes(ids, spec.embedding, n)
     batch = jax.device_put(batch, batch_sharding(mesh))
     if compiled is None:
       compiled = step.lower(state, batch).compile(options or helpers.FAST)

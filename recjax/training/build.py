@@ -5,11 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from recjax import config as config_lib
 from recjax.config import Config
 from recjax.data.prepared import Prepared
-from recjax.embedding import optimizers
+from recjax.embedding import host_route, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.errors import UserError
 from recjax.mesh import make_mesh
@@ -108,6 +109,20 @@ def build(
     reused(make_train_step(spec, mesh)),
     make_forward(spec, mesh),
     identity_of(config, prepared, params if model else None),
+    _router(config, spec, mesh),
+  )
+
+
+def _router(config: Config, spec: StepSpec, mesh: Mesh) -> Callable | None:
+  """Returns what gives batches their routes; None where the step does."""
+  where = config.data.route
+  if where == "auto":
+    on_cpus = mesh.devices.flat[0].platform == "cpu"
+    where = "host" if on_cpus else "device"
+  if where == "device":
+    return None
+  return host_route.make_router(
+    spec.embedding, mesh.size // jax.process_count()
   )
 
 

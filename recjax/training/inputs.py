@@ -1,11 +1,11 @@
 """Batches of prepared data for a run: this process's parts, onto devices."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import grain
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from recjax.config import Config
@@ -39,6 +39,8 @@ def batches(
 ) -> grain.DatasetIterator:
   """Iterates over this process's parts of the run's batches, as numpy arrays.
 
+  With the route of each (host_route.py), where the run makes them on the host.
+
   Args:
     run: whose plan says where the rows lie.
     prepared: the data set.
@@ -46,9 +48,8 @@ def batches(
     batch_size: local, b.
     **options: of `data.batches.dataset`: seed, epochs, shuffle_blocks, ...
   """
-  where = positions.of_batches(
-    run.spec.embedding.plan, prepared.profile, prepared.schema.features
-  )
+  plan = run.spec.embedding.plan
+  where = positions.of_batches(plan, prepared.profile, prepared.schema.features)
   return batches_lib.dataset(
     prepared,
     split,
@@ -56,6 +57,8 @@ def batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     positions_of=where and where.of_batch,
+    then=run.with_route
+    and functools.partial(run.with_route, training=split == "train"),
     **options,
   )
 
@@ -94,12 +97,9 @@ def scored_batches(
     yield to_devices(batch, run.mesh)
 
 
-def to_devices(
-  batch: dict[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
+def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
   """Puts a process's part of a batch onto the mesh, as global arrays."""
   sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, x)
-    for name, x in batch.items()
-  }
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+  )

@@ -52,6 +52,9 @@ class Run(NamedTuple):
   step: Callable  # (state, batch) -> (state, metrics); state is donated
   forward: Callable  # (state, batch) -> (logits, labels, mask), [B] each
   identity: Identity
+  # (batch of numpy arrays, training) -> the batch with its route
+  # (embedding/host_route.py); None: steps make their routes.
+  with_route: Callable | None = None
 
 
 def state_specs(embedding: Embedding) -> TrainState:
