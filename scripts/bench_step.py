@@ -175,8 +175,8 @@ def report(settings, results):
   of, rates = settings["floor"], settings["rates"]
   ms = {k: 1e3 * of[k] / rates[k] for k in of}
   print(
-    f"at least {ms['flops']:.1f} ms: {of['flops'] / 1e9:.2f} GFLOP of the dense "
-    f"part; {ms['bytes']:.1f} ms: {of['bytes'] / 1e6:.0f} MB of rows"
+    f"at least {ms['flops']:.1f} ms: {of['flops'] / 1e9:.2f} GFLOP, dense; "
+    f"{ms['bytes']:.1f} ms: {of['bytes'] / 1e6:.0f} MB of rows"
   )
   print("contender      samples/s     best  / fbgemm  ms/step   cpu ms  loss")
   for name, r in results.items():
