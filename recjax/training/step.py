@@ -135,8 +135,11 @@ def state_shapes(spec: StepSpec, mesh: Mesh, params) -> TrainState:
   return jax.tree.map(placed, shapes, shardings)
 
 
-def batch_shapes(spec: StepSpec, mesh: Mesh, inputs: int):
-  """Returns a global batch's shapes, for D dense inputs of a sample."""
+def batch_shapes(spec: StepSpec, mesh: Mesh, inputs: int, scored: bool = False):
+  """Returns a global batch's shapes, for D dense inputs of a sample.
+
+  Scored batches have a mask of those samples that are not padding.
+  """
   embedding = spec.embedding
   columns = embedding.columns
   shapes = {
@@ -144,6 +147,8 @@ def batch_shapes(spec: StepSpec, mesh: Mesh, inputs: int):
     "dense": ((inputs,), jnp.float32),
     "ids": ((columns,), jnp.int32),
   }
+  if scored:
+    shapes["mask"] = ((), jnp.float32)
   if embedding.weighted:
     shapes["weights"] = ((columns,), jnp.float32)
   place, size = mesh_lib.batch_sharding(mesh), embedding.plan.batch_size
