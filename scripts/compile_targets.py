@@ -136,6 +136,7 @@ def prepare() -> None:
     "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud what machine this is
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # or it is looked for, aloud
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes, as no TPU is used
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "2",

@@ -68,6 +68,7 @@ def report(program: Program, plan: Plan) -> dict[str, Any]:
     "compile_seconds": seconds,
     "memory": memory._asdict() | {"total": memory.total},
     "tables": sum(map(compiled_lib.shard_bytes, arrays)),
+    "in_place": len(program.in_place),
     "not_aliased": [x for x in program.in_place if x not in aliased],
     "copies": compiled_lib.copies(text, large),
     "kernels": launches.once,

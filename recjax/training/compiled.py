@@ -173,7 +173,8 @@ def copies(text: str, shapes: Collection[tuple[int, ...]]) -> list[str]:
   """Returns the instructions that make a copy of an array of these shapes.
 
   Copies, transposes and the like, alone or as the result of a fusion; in
-  programs of several devices those that bring an array together.
+  programs of several devices those that bring an array together. Not what a TPU
+  moves to its fast memory, S(1), to work on it there: that is small.
 
   Args:
     text: of the compiled program.
@@ -188,6 +189,7 @@ def copies(text: str, shapes: Collection[tuple[int, ...]]) -> list[str]:
     f"{name} ({x.opcode} of {shape}, {x.op_name or 'no op_name'})"
     for name, x in known.items()
     if x.opcode in _COPIES and (x.root or x.computation not in fused)
+    if "S(1)" not in x.result
     for shape in _shapes(x.result)
     if _squeezed(shape) in wanted
   ]
