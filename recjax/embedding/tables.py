@@ -87,10 +87,8 @@ def shapes(embedding: Embedding) -> Tables:
 
 def shardings(embedding: Embedding, mesh: Mesh) -> Tables:
   """Returns the NamedShardings of the tables, with each tier's memory."""
-  of_memory = {
-    "device": mesh.devices.flat[0].default_memory().kind,
-    "host": "pinned_host",
-  }
+  # None = the default; devices that are described only know no kinds.
+  of_memory = {"device": None, "host": "pinned_host"}
   memory = {
     g.name: {t.name: of_memory[t.memory] for t in g.group.tiers}
     for g in embedding.groups
@@ -169,6 +167,14 @@ def init(
     if g.group.table_wise
   }
   seeds = np.array([g.seed for g in embedding.groups], np.uint32)
+  return make_init(embedding, mesh, scale)(seeds, given)
+
+
+def make_init(embedding: Embedding, mesh: Mesh, scale: float):
+  """Makes the jitted (seeds [groups] uint32, ranks by group) -> Tables.
+
+  ranks [shard rows, n] int32 of the groups with table-wise tables.
+  """
 
   def make(seeds, given):  # a device's shards
     return {
@@ -182,11 +188,11 @@ def init(
   make = jax.shard_map(
     make,
     mesh=mesh,
-    in_specs=(PartitionSpec(), place),
+    in_specs=(PartitionSpec(), PartitionSpec(None, AXES)),
     out_specs=specs(embedding),
     check_vma=False,
   )
-  return jax.jit(make, out_shardings=shardings(embedding, mesh))(seeds, given)
+  return jax.jit(make, out_shardings=shardings(embedding, mesh))
 
 
 def _placed_ranks(g: EmbeddingGroup, ranks: np.ndarray, place: NamedSharding):
@@ -230,7 +236,7 @@ def _first_tier(g: EmbeddingGroup, tier: Tier, scale: float, seed, ranks):
 # ---- Filling, block by block
 
 
-def _blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
+def blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
   """Yields (first local row, local rows) of every block, in rank order.
 
   Local rows [s, s + k) of all n owners are the tier's ranks [s n, (s + k) n).
@@ -242,7 +248,9 @@ def _blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
 
 
 @functools.cache
-def block_writer(tier: Tier, slots: tuple[str, ...], mesh: Mesh, memory: str):
+def block_writer(
+  tier: Tier, slots: tuple[str, ...], mesh: Mesh, memory: str | None
+):
   """Returns the jitted (tier's arrays, block, first local row) -> arrays.
 
   In place.
@@ -251,7 +259,7 @@ def block_writer(tier: Tier, slots: tuple[str, ...], mesh: Mesh, memory: str):
     tier: whose arrays they are.
     slots: names of the slot variables.
     mesh: where the tier is.
-    memory: kind of memory that it is in.
+    memory: kind of memory that it is in; None = the device's.
   """
   spec = TierArrays(spec_of(tier), dict.fromkeys(slots, spec_of(tier)))
   out = jax.tree.map(lambda s: NamedSharding(mesh, s, memory_kind=memory), spec)
@@ -310,7 +318,7 @@ def fill(
       write = block_writer(
         tier, tuple(g.optimizer.slots), mesh, place.rows.memory_kind
       )
-      for start, count in _blocks(tier, block_rows):
+      for start, count in blocks(tier, block_rows):
         first = tier.first + start * n
         stop = min(first + count * n, tier.stop)
         block = rows(g.name, first, stop)

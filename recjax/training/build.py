@@ -11,7 +11,7 @@ from recjax import config as config_lib
 from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.embedding import host_route, optimizers
-from recjax.embedding.embedding import make_embedding
+from recjax.embedding.embedding import Embedding, make_embedding
 from recjax.errors import UserError
 from recjax.mesh import make_mesh
 from recjax.models import build as models
@@ -82,21 +82,11 @@ def build(
     e.dim,
     config.seed,
   )
-  of_rows = {}
-  for g in groups:
-    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
-    if serving:
-      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  steps = 0 if serving else run_length(config, prepared)[0]
   spec = StepSpec(
     apply,
-    make_embedding(
-      plan,
-      schema.features,
-      of_rows,
-      wire_dtype=e.exchange_dtype,
-      seed=config.seed,
-    ),
-    dense_optimizer(config, 0 if serving else run_length(config, prepared)[0]),
+    configured_embedding(config, plan, schema.features, groups, serving),
+    dense_optimizer(config, steps),
   )
   ranks = {
     name: of.ranks
@@ -123,6 +113,28 @@ def _router(config: Config, spec: StepSpec, mesh: Mesh) -> Callable | None:
     return None
   return host_route.make_router(
     spec.embedding, mesh.size // jax.process_count()
+  )
+
+
+def configured_embedding(
+  config: Config,
+  plan: Plan,
+  features: tuple[Feature, ...],
+  groups: tuple[TableGroup, ...],
+  serving: bool = False,
+) -> Embedding:
+  """Makes the static part of all groups; without slot variables to serve."""
+  of_rows = {}
+  for g in groups:
+    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
+    if serving:
+      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  return make_embedding(
+    plan,
+    features,
+    of_rows,
+    wire_dtype=config.embedding.exchange_dtype,
+    seed=config.seed,
   )
 
 

@@ -143,9 +143,18 @@ def state_shapes(spec: StepSpec, mesh: Mesh, params) -> TrainState:
 
 
 def batch_shapes(
-  spec: StepSpec, mesh: Mesh, inputs: int, *, routed: bool = False
+  spec: StepSpec,
+  mesh: Mesh,
+  inputs: int,
+  scored: bool = False,
+  *,
+  routed: bool = False,
 ):
-  """Returns a global batch's shapes, for D dense inputs of a sample."""
+  """Returns a global batch's shapes, for D dense inputs of a sample.
+
+  Scored batches have a mask of those samples that are not padding, routed ones
+  bring their routes.
+  """
   embedding = spec.embedding
   columns = embedding.columns
   shapes = {
@@ -153,6 +162,8 @@ def batch_shapes(
     "dense": ((inputs,), jnp.float32),
     "ids": ((columns,), jnp.int32),
   }
+  if scored:
+    shapes["mask"] = ((), jnp.float32)
   if embedding.weighted:
     shapes["weights"] = ((columns,), jnp.float32)
   place, size = mesh_lib.batch_sharding(mesh), embedding.plan.batch_size
