@@ -128,7 +128,8 @@ def batches(
 
   Yields:
     label [B] float32, dense [B, D] float32, ids [B, S] int32 and maybe weights
-    [B, S] float32, on the run's mesh: what `run.step` takes.
+    [B, S] float32 and the ids' route, on the run's mesh: what `run.step` takes.
+    A batch without its route works too.
   """
   steps, _ = inputs.run_length(config, prepared)
   first = int(run.state.step)

@@ -29,6 +29,7 @@ def recjax_step(data, args):
     Drawn,
     Run,
     Setting,
+    ahead,
     plan_of,
     problems_of,
     rank_rows,
@@ -63,12 +64,16 @@ def recjax_step(data, args):
     )
     for d, i, y in zip(*data, strict=True)
   ]
-  run = Run(setting, plan, mesh).compile()
+  on_cpu = jax.devices()[0].platform == "cpu"
+  on_host = args.route == "host" or (args.route == "auto" and on_cpu)
+  run = Run(setting, plan, mesh, on_host).compile()
   run.start(Drawn(batches, ranks.profile))
   del batches, ranks
+  routed = ahead(run)
 
   def step(i):
-    run.state, out = run.step(run.state, run.batches[i])
+    del i  # in the order of the others
+    run.state, out = run.step(run.state, next(routed))
     return float(out["loss"])
 
   return step

@@ -24,17 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-SCOPES = ("route", "lookup", "dense", "update")
-_INSTRUCTION = re.compile(
-  r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?)"
-  r"(?:metadata=\{.*?op_name=\"([^\"]*)\".*)?$"
-)
-_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(")
-# Opcodes that start nothing on the device.
-_FREE = {
-  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
-  *("after-all", "partition-id", "replica-id"),
-}
+from recjax.training.compiled import instructions, opcodes, scope_of
 
 
 class Event(NamedTuple):
@@ -49,51 +39,11 @@ class Event(NamedTuple):
 # ---- Compiled text
 
 
-class Instruction(NamedTuple):
-  """An instruction of a module's text."""
-
-  computation: str  # "ENTRY" for the entry's
-  opcode: str
-  op_name: str  # its path in the traced function
-
-
-def instructions(text: str) -> dict[str, Instruction]:
-  """Parses `compiled.as_text()`: {name: Instruction}."""
-  found, computation = {}, ""
-  for line in text.splitlines():
-    if line.startswith("ENTRY "):
-      computation = "ENTRY"
-    elif line and not line[0].isspace():
-      computation = line.split(" ", 1)[0].lstrip("%")
-    elif match := _INSTRUCTION.match(line):
-      name, rest, op_name = match.groups()
-      opcode = _OPCODE.search(" " + rest)
-      found[name] = Instruction(
-        computation, opcode[1] if opcode else "?", op_name or ""
-      )
-  return found
-
-
-def scope_of(op_name: str) -> str:
-  """Finds the first of SCOPES in a path, jit(step)/.../update/..."""
-  for part in op_name.split("/"):
-    words = re.findall(r"\w+", part)
-    for scope in SCOPES:
-      if words and words[-1] == scope:
-        return scope
-  return "other"
-
-
 def static(compiled: jax.stages.Compiled) -> dict[str, Any]:
   """Returns what needs no run: instructions of the entry, memory."""
-  opcodes = [
-    x.opcode
-    for x in instructions(compiled.as_text()).values()
-    if x.computation == "ENTRY" and x.opcode not in _FREE
-  ]
   memory = compiled.memory_analysis()
   return {
-    "entry": dict(collections.Counter(opcodes).most_common()),
+    "entry": opcodes(compiled.as_text()),
     "temp_mb": memory.temp_size_in_bytes / 1e6,
     "alias_mb": memory.alias_size_in_bytes / 1e6,
     "host_temp_mb": memory.host_temp_size_in_bytes / 1e6,

@@ -4,9 +4,12 @@ A `Setting` is a model and its tables, a `Run` its compiled train step under a
 plan: what bench_step.py, bench_choice.py, refine.py and bench_dcnv2.py time.
 """
 
+import collections
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +21,7 @@ from jax.sharding import Mesh
 
 from recjax import config as config_lib
 from recjax.data import power_law
-from recjax.embedding import optimizers
+from recjax.embedding import host_route, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding
@@ -282,8 +285,12 @@ def summed(params, dense, activations, masks) -> jax.Array:
 class Run:
   """A plan's compiled train step and, between start and stop, its state."""
 
-  def __init__(self, setting: Setting, plan: Plan, mesh: Mesh):
+  def __init__(
+    self, setting: Setting, plan: Plan, mesh: Mesh, routed: bool = False
+  ):
+    """Lowers the step; if `routed`, its batches are those of `ahead`."""
     self.setting, self.plan, self.mesh = setting, plan, mesh
+    self.routed = routed
     self.params, apply = models.build(
       setting.model, DENSE, setting.inputs, setting.dim, 0
     )
@@ -291,7 +298,7 @@ class Run:
     self.spec = spec_of(
       plan, setting.features, apply, dense_optimizer, setting.wire
     )
-    self.lowered, _ = lower(self.spec, mesh, self.params, DENSE)
+    self.lowered, _ = lower(self.spec, mesh, self.params, DENSE, routed=routed)
     self.seconds, self.rounds = [], 0
 
   def compile(self) -> "Run":
@@ -333,3 +340,22 @@ class Run:
       if i:
         self.seconds.append(time.perf_counter() - begin)
     self.rounds = max(self.rounds, int(out["rounds"]))
+
+
+def ahead(run: Run) -> Iterator[dict[str, Any]]:
+  """Cycles through a run's batches without end.
+
+  Where the step wants their routes, a thread makes that of the next batch while
+  the step is at one, as training's input pipeline does.
+  """
+  batches, place = itertools.cycle(run.batches), batch_sharding(run.mesh)
+  if not run.routed:
+    yield from batches
+  host_ids = [np.asarray(x["ids"]) for x in run.batches]
+  route = lambda ids: host_route.routes(ids, run.spec.embedding, run.mesh.size)
+  pool, queue = futures.ThreadPoolExecutor(1), collections.deque()
+  for ids, batch in zip(itertools.cycle(host_ids), batches, strict=False):
+    queue.append((batch, pool.submit(route, ids)))
+    if len(queue) > 1:
+      batch, made = queue.popleft()
+      yield batch | {"route": jax.device_put(made.result(), place)}

@@ -249,7 +249,7 @@ def build(
   *,
   wire_dtype=jnp.float32,
   options=None,
-  on_host=None,
+  on_host=False,
   **of_store,
 ) -> Run:
   """A fresh run of a case under a plan, which cannot be saved.
@@ -258,7 +258,7 @@ def build(
     case, plan: what to run.
     wire_dtype: of the exchange.
     options: the compiler's; helpers.FAST if None.
-    on_host: whether NumPy finds out which stored rows visit.
+    on_host: whether the host finds out what visits, and makes the routes.
     **of_store: of make_store.
   """
   mesh = make_mesh(plan.devices, plan.node_devices)
@@ -282,6 +282,7 @@ def build(
     step.train,
     step.forward,
     Identity({}, "", 0),
+    step.prepare,
     step.place,
     store,
   )
@@ -335,7 +336,7 @@ def train(case: Case, plan: Plan, *, ahead=True, **kw):
         if mine:
           at = columns[f.name]
           batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
-      yield run.place(batch)
+      yield run.place(run.prepare(batch, training=True))
 
   state, rounds = run.state, []
   for batch in inputs.one_ahead(placed()) if ahead else placed():

@@ -6,7 +6,7 @@ through.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,9 +45,7 @@ class Residuals(NamedTuple):
     return tuple(g.ids.shape[0] for g in self.groups)
 
 
-def forward(
-  embedding: Embedding, tables: Tables, batch: Mapping[str, jax.Array]
-):
+def forward(embedding: Embedding, tables: Tables, batch: Mapping[str, Any]):
   """Looks up the rows of a batch.
 
   Args:
@@ -55,8 +53,10 @@ def forward(
     tables: a device's shards, visitors among them.
     batch: ids [b, S] int32, positions of the rows in their groups (ranks,
       unless tables are table-wise: plan/positions.py; those of stored rows
-      translated: visits.py), -1 = none; maybe weights [b, S] float32; and of
-      groups with visitors their stored local rows, {group: [V, 1] int32}.
+      translated: visits.py), -1 = none; maybe weights [b, S] float32, and the
+      route of these ids, made on the host (host_route.py): Route of [1, ...]
+      arrays; and of groups with visitors their stored local rows, {group:
+      [V, 1] int32}.
 
   Returns:
     ({feature: [b, h, d] float32}, Residuals).
@@ -86,13 +86,22 @@ def forward(
   residuals = Residuals(tuple(groups), None, None)
   if buckets_of(plan).tiers:
     with jax.named_scope("route"):
-      route = exchange.route([x.ids for x in groups], plan)
+      route = _given_route(batch)
+      if route is None:
+        route = exchange.route([x.ids for x in groups], plan)
       now = exchange.plan_round(
         route, route.starts[:-1], plan, residuals.lookups
       )
     residuals = residuals._replace(route=route, round=now)
   with jax.named_scope("lookup"):
     return _read(embedding, tables, own_ids, residuals)
+
+
+def _given_route(batch) -> Route | None:
+  """Returns this device's route, where the batch brings it."""
+  if "route" not in batch:
+    return None
+  return Route(*(x[0] for x in batch["route"]))
 
 
 def masks(embedding: Embedding, ids):  # [b, S] int32

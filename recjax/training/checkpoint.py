@@ -348,9 +348,8 @@ def _restore_tables(
       read("rows"), {k: read(k) for k in found[group].names if k != "rows"}
     )
 
-  most = max(map(_row_bytes, embedding.groups))
   tables = tables_lib.fill(
-    run.state.tables, embedding, run.mesh, max(1, _BLOCK_BYTES // most), rows
+    run.state.tables, embedding, run.mesh, block_rows(embedding), rows
   )
   sums = {
     f"{group}.{name}": total
@@ -358,6 +357,11 @@ def _restore_tables(
     for name, total in of.sums().items()
   }
   return tables, sums
+
+
+def block_rows(embedding: Embedding) -> int:
+  """Returns how many rows are read and written at a time, about."""
+  return max(1, _BLOCK_BYTES // max(map(_row_bytes, embedding.groups)))
 
 
 def _row_bytes(g: EmbeddingGroup) -> int:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from recjax.embedding import lookup, optimizers
+from recjax.embedding import host_route, lookup, optimizers
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import make_embedding
 from recjax.embedding.host_store import HostStore
@@ -43,6 +43,7 @@ class Step(NamedTuple):
 
   train: Callable
   forward: Callable
+  prepare: Callable
   place: Callable
 
 
@@ -63,24 +64,29 @@ def make_step(
     spec: of the run.
     mesh: of the plan.
     store: of stored rows.
-    on_host: whether NumPy finds out what visits; None = where a process has the
-      whole batch and its devices are CPUs.
+    on_host: whether the host finds out what visits, where a process has the
+      whole batch, and makes the route; None = where its devices are CPUs.
     options: the compiler's, for the train step.
   """
   if on_host is None:
-    cpus = mesh.devices.flat[0].platform == "cpu"
-    on_host = cpus and jax.process_count() == 1
+    on_host = mesh.devices.flat[0].platform == "cpu"
+  if store and jax.process_count() > 1:
+    on_host = False
   look = store and LookAhead(spec.embedding, mesh, store, on_host)
-  compiled = _Sized(lambda spec: make_train_step(spec, mesh, options), spec)
-  scored = _Sized(lambda spec: make_forward(spec, mesh), spec)
+  sized = _Sized(spec.embedding.with_visitors)
+  made = lambda make: _Sized(
+    lambda rows: make(spec._replace(embedding=sized(rows)))
+  )
+  compiled = made(lambda spec: make_train_step(spec, mesh, options))
+  scored = made(lambda spec: make_forward(spec, mesh))
 
   def train(state: TrainState, batch: Mapping[str, Any]):
     batch, visit = _apart(batch)
     if look is None:
-      return compiled(None)(state, batch, {}, {})[:2]
+      return compiled({})(state, batch, {}, {})[:2]
     visit, fetched = look.ready(visit or look.visit(batch["ids"]))
     batch["ids"], beside = visit.ids, look.beside(visit, fetched)
-    step = compiled(visit)
+    step = compiled(visit.rows)
     state, metrics, updated = step(state, batch, fetched.arrays, beside)
     look.returned(visit, updated)
     return state, metrics
@@ -88,21 +94,35 @@ def make_step(
   def forward(state: TrainState, batch: Mapping[str, Any]):
     batch, visit = _apart(batch)
     if look is None:
-      return scored(None)(state, batch, {})
+      return scored({})(state, batch, {})
     visit, fetched = look.ready(visit or look.visit(batch["ids"]), late=0)
-    return scored(visit)(state, batch | {"ids": visit.ids}, fetched.arrays)
+    score = scored(visit.rows)
+    return score(state, batch | {"ids": visit.ids}, fetched.arrays)
 
-  def place(batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    sharding = batch_sharding(mesh)
-    placed: dict[str, Any] = {
-      name: jax.make_array_from_process_local_data(sharding, x)
-      for name, x in batch.items()
-    }
+  def prepare(batch: Mapping[str, Any], training: bool) -> Mapping[str, Any]:
+    if not on_host:
+      return batch
+    ids, found, rows = batch["ids"], {}, {}
     if look is not None:
-      placed["visit"] = look.visit((batch if on_host else placed)["ids"])
+      seen = found["seen"] = look.see(ids)
+      ids, rows = seen.ids, {k: v for k, (v, _) in seen.room.items()}
+    embedding = sized(rows)
+    if host_route.needed(embedding, training):
+      here = len(owners_here(mesh))
+      found["route"] = host_route.routes(ids, embedding, here)
+    return {**batch, **found}
+
+  def place(batch: Mapping[str, Any]) -> dict[str, Any]:
+    batch, sharding = dict(batch), batch_sharding(mesh)
+    seen = batch.pop("seen", None)
+    placed = jax.tree.map(
+      lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+    )
+    if look is not None:
+      placed["visit"] = look.visit(seen or placed["ids"])
     return placed
 
-  return Step(train, forward, place)
+  return Step(train, forward, prepare, place)
 
 
 def read_rows(run: Run, group: Group, at: np.ndarray) -> np.ndarray:
@@ -125,8 +145,7 @@ def read_rows(run: Run, group: Group, at: np.ndarray) -> np.ndarray:
     alone = jax.process_count() == 1
     look = LookAhead(reader, run.mesh, run.store, alone)
     visit, fetched = look.ready(look.visit(ids if alone else placed))
-    room = {k: v for k, (v, _) in visit.room.items()}
-    reader, placed = reader.with_visitors(room), visit.ids
+    reader, placed = reader.with_visitors(visit.rows), visit.ids
     tiers[VISITORS] = fetched.arrays[group.name]
   tables = {group.name: {t: x._replace(slots={}) for t, x in tiers.items()}}
   forward = jax.shard_map(
@@ -145,16 +164,14 @@ def _apart(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Visit | None]:
 
 
 class _Sized:
-  """A function of the step's spec, made once for each room of visitors."""
+  """A function of the visitors' rows {group: V}, called once for each."""
 
-  def __init__(self, make: Callable[[StepSpec], Callable], spec: StepSpec):
-    self._make, self._spec = make, spec
-    self._made: dict[Any, Callable] = {}
+  def __init__(self, make: Callable[[Mapping[str, int]], Any]):
+    self._make = make
+    self._made: dict[Any, Any] = {}
 
-  def __call__(self, visit: Visit | None) -> Callable:
-    rows = {} if visit is None else {k: v for k, (v, _) in visit.room.items()}
+  def __call__(self, rows: Mapping[str, int]) -> Any:
     key = tuple(sorted(rows.items()))
     if key not in self._made:
-      embedding = self._spec.embedding.with_visitors(rows)
-      self._made[key] = self._make(self._spec._replace(embedding=embedding))
+      self._made[key] = self._make(rows)
     return self._made[key]
