@@ -8,7 +8,6 @@ part by Adagrad) on the same batches, with the 26 Criteo Kaggle tables:
 
   recjax         row-wise Adagrad
   plain_jax      jnp.take, gradients through the tables, row-wise Adagrad
-  host_jax       tables in host memory, a row to and fro for every lookup, SGD
   torch_sgd      EmbeddingBag(sparse=True) a table, SGD
   torch_adagrad  the same, Adagrad (torch has no row-wise one)
   fbgemm         table-batched embeddings, fused exact row-wise Adagrad

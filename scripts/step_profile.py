@@ -3,8 +3,8 @@
 What bench_embedding.py and bench_dcnv2.py report of a step:
 
   compiled = step.lower(state, batch).compile()
-  state, times = timed(compiled, state, batches)
-  state, found = traced(compiled, state, batches)
+  state, times = timed(step, state, batches)
+  state, found = traced(step, compiled.as_text(), state, batches)
 
 A kernel belongs to the scope of its HLO instruction, which the trace names
 (`hlo_op`) or the kernel is named after; fused instructions count for the scope
@@ -54,7 +54,7 @@ def static(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def timed(
-  compiled: jax.stages.Compiled,
+  step: Callable,
   state: Any,
   batches: Sequence,
   rounds: int = 5,
@@ -63,7 +63,7 @@ def timed(
   """Times steps, some in a row without waiting, and some alone.
 
   Args:
-    compiled: (state, batch) -> (state, metrics); the state is donated.
+    step: (state, batch) -> (state, metrics); the state is donated.
     state: before the first step.
     batches: cycled.
     rounds: of steps in a row.
@@ -79,7 +79,7 @@ def timed(
     nonlocal state, out
     start = time.perf_counter()
     for i in range(count):
-      state, out = compiled(state, batches[i % len(batches)])
+      state, out = step(state, batches[i % len(batches)])
     jax.block_until_ready((state, out))
     return (time.perf_counter() - start) / count
 
@@ -103,7 +103,8 @@ def busy_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def traced(
-  compiled: jax.stages.Compiled,
+  step: Callable,
+  text: str,
   state: Any,
   batches: Sequence,
   steps: int = 3,
@@ -112,7 +113,8 @@ def traced(
   """Traces steps.
 
   Args:
-    compiled, state, batches: as in `timed`.
+    step, state, batches: as in `timed`.
+    text: of the compiled step.
     steps: that are traced.
     top: kernels that are listed.
 
@@ -121,14 +123,14 @@ def traced(
     "busy_ms", "span_ms": from the first to the last, "top": the slowest}), of
     a step.
   """
-  known = instructions(compiled.as_text())
+  known = instructions(text)
   plain = {re.sub(r"\W", "_", name): name for name in known}
 
   def run():
     nonlocal state
     out = None
     for i in range(steps):
-      state, out = compiled(state, batches[i % len(batches)])
+      state, out = step(state, batches[i % len(batches)])
     jax.block_until_ready((state, out))
 
   events = _record(run)
