@@ -77,7 +77,7 @@ class Sized:
     store = visiting.make_store(spec, mesh)
     if store:
       host_store.init(store, spec.embedding, INIT_SCALE)
-    self.run = visiting.make_step(spec, mesh, store)
+    self.run = visiting.Step(spec, mesh, store)
     batches = make_batches(min(args.rows), args)
     if args.spread:
       for b in batches:

@@ -331,7 +331,7 @@ class Run:
     self.store = visiting.make_store(self.spec, self.mesh, delay=delay)
     if self.store:
       host_store.init(self.store, self.spec.embedding, INIT_SCALE)
-    self.steps_ = visiting.make_step(
+    self.steps_ = visiting.Step(
       self.spec, self.mesh, self.store, on_host=self.routed
     )
     self.fed = ahead(self)

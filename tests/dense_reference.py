@@ -272,7 +272,7 @@ def build(
   store = visiting.make_store(spec, mesh, **of_store)
   if store:
     host_store.init(store, embedding, 0.5)
-  step = visiting.make_step(
+  step = visiting.Step(
     spec, mesh, store, on_host=on_host, options=options or helpers.FAST
   )
   return Run(

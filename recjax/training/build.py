@@ -95,7 +95,7 @@ def build(
   if store:
     host_store.init(store, spec.embedding, e.init_scale)
   on_host = {"auto": None, "host": True, "device": False}[config.data.route]
-  step = visiting.make_step(spec, mesh, store, on_host=on_host)
+  step = visiting.Step(spec, mesh, store, on_host=on_host)
   return Run(
     spec,
     mesh,

@@ -57,6 +57,11 @@ class Seen(NamedTuple):
   lists: visits.Lists  # of this process's owners
   room: Room
 
+  @property
+  def rows(self) -> dict[str, int]:
+    """V by group."""
+    return {k: v for k, (v, _) in self.room.items()}
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visit:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -38,91 +38,101 @@ def make_store(
   return HostStore(spec.embedding, owners_here(mesh), directory, **options)
 
 
-class Step(NamedTuple):
-  """What a run does with its batches; see `state.Run`."""
+class Step:
+  """What a run does with its batches; see `state.Run`.
 
-  train: Callable
-  forward: Callable
-  prepare: Callable
-  place: Callable
-
-
-def make_step(
-  spec: StepSpec,
-  mesh: Mesh,
-  store: HostStore | None,
-  *,
-  on_host: bool | None = None,
-  options: dict | None = None,
-) -> Step:
-  """Makes a run's step, forward pass and placing of batches.
-
-  The first two take batches that were placed, and others, as long as their ids
-  are on the mesh: what visits is then found out, and fetched, at once.
-
-  Args:
-    spec: of the run.
-    mesh: of the plan.
-    store: of stored rows.
-    on_host: whether the host finds out what visits, where a process has the
-      whole batch, and makes the route; None = where its devices are CPUs.
-    options: the compiler's, for the train step.
+  Batches that were prepared and placed are trained and scored at once; of
+  others, whose ids are on the mesh, it is then found out what visits.
   """
-  if on_host is None:
-    on_host = mesh.devices.flat[0].platform == "cpu"
-  if store and jax.process_count() > 1:
-    on_host = False
-  look = store and LookAhead(spec.embedding, mesh, store, on_host)
-  sized = _Sized(spec.embedding.with_visitors)
-  made = lambda make: _Sized(
-    lambda rows: make(spec._replace(embedding=sized(rows)))
-  )
-  compiled = made(lambda spec: make_train_step(spec, mesh, options))
-  scored = made(lambda spec: make_forward(spec, mesh))
 
-  def train(state: TrainState, batch: Mapping[str, Any]):
+  def __init__(
+    self,
+    spec: StepSpec,
+    mesh: Mesh,
+    store: HostStore | None,
+    *,
+    on_host: bool | None = None,
+    options: dict | None = None,
+  ):
+    """Makes them, to be compiled for the first batch.
+
+    Args:
+      spec: of the run.
+      mesh: of the plan.
+      store: of stored rows.
+      on_host: whether the host finds out what visits, where a process has the
+        whole batch, and makes the route; None = where its devices are CPUs.
+      options: the compiler's, for the train step.
+    """
+    if on_host is None:
+      on_host = mesh.devices.flat[0].platform == "cpu"
+    self._on_host = on_host and not (store and jax.process_count() > 1)
+    self._mesh = mesh
+    self._look = store and LookAhead(spec.embedding, mesh, store, self._on_host)
+    self._sized = sized = _Sized(spec.embedding.with_visitors)
+    made = lambda make: _Sized(
+      lambda rows: make(spec._replace(embedding=sized(rows)))
+    )
+    self._train = made(lambda spec: make_train_step(spec, mesh, options))
+    self._forward = made(lambda spec: make_forward(spec, mesh))
+
+  def train(self, state: TrainState, batch: Mapping[str, Any]):
+    """Takes a step: (state, metrics); the state is donated."""
     batch, visit = _apart(batch)
+    look = self._look
     if look is None:
-      return compiled({})(state, batch, {}, {})[:2]
+      return self._train({})(state, batch, {}, {})[:2]
     visit, fetched = look.ready(visit or look.visit(batch["ids"]))
     batch["ids"], beside = visit.ids, look.beside(visit, fetched)
-    step = compiled(visit.rows)
+    step = self._train(visit.rows)
     state, metrics, updated = step(state, batch, fetched.arrays, beside)
     look.returned(visit, updated)
     return state, metrics
 
-  def forward(state: TrainState, batch: Mapping[str, Any]):
+  def forward(self, state: TrainState, batch: Mapping[str, Any]):
+    """Scores a batch: (logits, labels, mask), [B] each."""
     batch, visit = _apart(batch)
+    look = self._look
     if look is None:
-      return scored({})(state, batch, {})
+      return self._forward({})(state, batch, {})
     visit, fetched = look.ready(visit or look.visit(batch["ids"]), late=0)
-    score = scored(visit.rows)
-    return score(state, batch | {"ids": visit.ids}, fetched.arrays)
+    batch["ids"] = visit.ids
+    return self._forward(visit.rows)(state, batch, fetched.arrays)
 
-  def prepare(batch: Mapping[str, Any], training: bool) -> Mapping[str, Any]:
-    if not on_host:
+  def prepare(
+    self, batch: Mapping[str, Any], training: bool
+  ) -> Mapping[str, Any]:
+    """Adds what the host finds out of a batch of NumPy arrays.
+
+    Changes nothing: any thread may call it.
+    """
+    if not self._on_host:
       return batch
-    ids, found, rows = batch["ids"], {}, {}
-    if look is not None:
-      seen = found["seen"] = look.see(ids)
-      ids, rows = seen.ids, {k: v for k, (v, _) in seen.room.items()}
-    embedding = sized(rows)
+    ids, rows, found = batch["ids"], {}, {}
+    if self._look is not None:
+      seen = found["seen"] = self._look.see(ids)
+      ids, rows = seen.ids, seen.rows
+    embedding = self._sized(rows)
     if host_route.needed(embedding, training):
-      here = len(owners_here(mesh))
+      here = len(owners_here(self._mesh))
       found["route"] = host_route.routes(ids, embedding, here)
     return {**batch, **found}
 
-  def place(batch: Mapping[str, Any]) -> dict[str, Any]:
-    batch, sharding = dict(batch), batch_sharding(mesh)
+  def place(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts a batch onto the mesh, and begins to fetch its stored rows."""
+    batch, sharding = dict(batch), batch_sharding(self._mesh)
     seen = batch.pop("seen", None)
     placed = jax.tree.map(
       lambda x: jax.make_array_from_process_local_data(sharding, x), batch
     )
-    if look is not None:
-      placed["visit"] = look.visit(seen or placed["ids"])
+    if self._look is not None:
+      placed["visit"] = self._look.visit(seen or placed["ids"])
     return placed
 
-  return Step(train, forward, prepare, place)
+
+def _apart(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Visit | None]:
+  batch = dict(batch)
+  return batch, batch.pop("visit", None)
 
 
 def read_rows(run: Run, group: Group, at: np.ndarray) -> np.ndarray:
@@ -156,11 +166,6 @@ def read_rows(run: Run, group: Group, at: np.ndarray) -> np.ndarray:
     check_vma=False,
   )
   return np.asarray(jax.jit(forward)(tables, placed)["rows"][0])
-
-
-def _apart(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Visit | None]:
-  batch = dict(batch)
-  return batch, batch.pop("visit", None)
 
 
 class _Sized:

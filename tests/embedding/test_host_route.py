@@ -106,7 +106,7 @@ def test_a_batch_gets_a_route_where_rows_travel(
   spec, mesh = spec_of(CASE, plan)
   batch = {"ids": drawn(spec.embedding, 8, 0)}
   for on_host in (True, False):
-    step = visiting.make_step(spec, mesh, None, on_host=on_host)
+    step = visiting.Step(spec, mesh, None, on_host=on_host)
     found = step.prepare(batch, training)
     assert ("route" in found) == (wanted and on_host)
     assert "route" not in batch  # Grain may give it to another reader
