@@ -22,7 +22,8 @@ MOST_TEMP = 64e6  # a GPU's products take 33.6 MB (jax 0.10), 4.2 MB (0.12)
 
 def run(*args):
   """Runs a script of the project in a process of its own."""
-  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  folders = os.pathsep.join(str(ROOT / x) for x in ("", "scripts"))
+  env = os.environ | compile_targets.environment() | {"PYTHONPATH": folders}
   return subprocess.run(
     [sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True
   )
@@ -51,7 +52,7 @@ def check(target, *names):
     name: [s for x in of.values() for s in compiled_programs.broken(x)]
     for name, of in found.items()
   }
-  assert lines == dict.fromkeys(names, [])
+  assert lines == {name: [] for name in names}
   for name, of in found.items():
     step = of[programs.TRAIN]
     tiers = 2 if CASES[name][0] in range(1, 1_000) else 1
@@ -157,7 +158,8 @@ TEXT = """HloModule jit_step, input_output_alias={ {0}: (1, {}, may-alias), \
 
 %body (c: (f32[9,1,8])) -> (f32[9,1,8]) {
   %c = (f32[9,1,8]{2,1,0}) parameter(0)
-  %again = s32[4]{0} fusion(%c), calls=%f, metadata={op_name="jit(step)/update/while/body/add"}
+  %again = s32[4]{0} fusion(%c), calls=%f, metadata={\
+op_name="jit(step)/update/while/body/add"}
 }
 
 %branch (c: f32[3]) -> f32[3] {
@@ -166,12 +168,16 @@ TEXT = """HloModule jit_step, input_output_alias={ {0}: (1, {}, may-alias), \
 
 ENTRY %main (p: f32[9,1,8]) -> f32[9,8] {
   %param = f32[9,1,8]{2,1,0:T(8,128)} parameter(0)
-  %near = (f32[9,1,8]{2,1,0}, f32[9,1,8]{2,1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%param)
+  %near = (f32[9,1,8]{2,1,0}, f32[9,1,8]{2,1,0:T(8,128)S(1)}, \
+u32[]{:S(2)}) copy-start(%param)
   %nearer = f32[9,1,8]{2,1,0:T(8,128)S(1)} copy-done(%near)
-  %small = f32[9]{0} copy(%x), metadata={op_name="jit(step)/transpose(jvp(dense))/mul"}
-  %fused = f32[9,8]{1,0} fusion(%param), kind=kLoop, calls=%fused_copy, metadata={op_name="jit(step)/lookup/gather"}
+  %small = f32[9]{0} copy(%x), metadata={\
+op_name="jit(step)/transpose(jvp(dense))/mul"}
+  %fused = f32[9,8]{1,0} fusion(%param), kind=kLoop, calls=%fused_copy, \
+metadata={op_name="jit(step)/lookup/gather"}
   %loop = (f32[9,1,8]{2,1,0}) while(%t), condition=%cond, body=%body
-  %case = f32[3]{0} conditional(%i, %a, %b), branch_computations={%branch, %branch}
+  %case = f32[3]{0} conditional(%i, %a, %b), \
+branch_computations={%branch, %branch}
   ROOT %done = f32[9,8]{1,0} copy(%fused), metadata={op_name="jit(step)/psum"}
 }
 """
