@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from recjax.training import compiled, programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 TPU, GPU = compile_targets.parse("v5e:2x2"), compile_targets.parse("h100", 4)
+DEVICE = 16e9  # bytes of a v5e's memory
 MOST_TEMP = 64e6  # a GPU's products take 33.6 MB (jax 0.10), 4.2 MB (0.12)
 
 
@@ -49,7 +51,7 @@ def check(target, *names):
   """Asserts the invariants of the cases; returns their reports."""
   found = reports(target, *names)
   lines = {
-    name: [s for x in of.values() for s in compiled_programs.broken(x)]
+    name: [s for x in of.values() for s in compiled_programs.broken(x, DEVICE)]
     for name, of in found.items()
   }
   assert lines == {name: [] for name in names}
@@ -115,22 +117,29 @@ def test_the_exchange_is_the_same_everywhere(target):
 
 
 def a_report(**changes):
-  memory = {"host_temp": 0, "temp": 0}
+  memory = {"host_temp": 0, "total": 1e9}
   good = {"program": "p", "not_aliased": [], "copies": [], "memory": memory}
   grown = {"tables": 1e9, "temp": 9e6, "host_temp": 0}
   return good | {"growth": grown} | changes
 
 
 def test_a_good_program_breaks_nothing():
-  assert compiled_programs.broken(a_report()) == []
+  assert compiled_programs.broken(a_report(), DEVICE) == []
 
 
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
+    (
+      {"memory": {"host_temp": 0, "total": 17e9}},
+      "17,000 MB of a device, which has 16,000",
+    ),
     ({"not_aliased": [3, 7]}, "argument(s) 3, 7 are tables and not updated"),
     ({"copies": ["copy.1 (copy of (9, 1, 8))"]}, "a table is copied by copy.1"),
-    ({"memory": {"host_temp": 65e6}}, "65 MB of temporary host memory"),
+    (
+      {"memory": {"host_temp": 65e6, "total": 0}},
+      "65 MB of temporary host memory",
+    ),
     (
       {"growth": {"tables": 1e9, "temp": 11e6, "host_temp": 0}},
       "11.0 MB more of temporary device memory for 1,000.0 MB",
@@ -142,7 +151,7 @@ def test_a_good_program_breaks_nothing():
   ],
 )
 def test_what_is_wrong_is_said(changes, said):
-  (line,) = compiled_programs.broken(a_report(**changes))
+  (line,) = compiled_programs.broken(a_report(**changes), DEVICE)
   assert line.startswith("p: ")
   assert said in line
 
@@ -296,3 +305,15 @@ def test_a_broken_invariant_ends_with_an_error(tmp_path):
   assert "error: v5e:2x2: " in done.stderr
   assert "train step: a table is copied by" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_tables_that_do_not_fit_end_with_an_error(tmp_path):
+  needs(GPU)
+  large = "--config.data.rows=(90_000_000,50,30)", "--config.plan.hot_rows=0"
+  budget = "--config.plan.device_memory_mb=200000"
+  done = script(tmp_path, "--target=a100", "--nogrowth", *large, budget)
+  assert done.returncode == 1
+  (said,) = re.findall(r"train step: ([\d,]+) MB of a device", done.stderr)
+  rows = 2 * 4 * 128 * 90_000_000
+  assert 1 < int(said.replace(",", "")) / (rows / 1e6) < 1.001
