@@ -12,10 +12,11 @@ forward pass, first values, checksums, and what a restore writes blocks with.
 Of each are printed a device's memory, beside what the plan predicts, the
 kernels that it launches by named scope, and what its collectives send.
 
-Ends with an error where a program does not update a table in place, copies an
-array of a table's shape, needs more than 64 MB of temporary host memory, or
-needs temporary memory that grows with the tables: the train step is compiled
-again with an eighth of the sharded rows (--nogrowth leaves that out).
+Ends with an error where a program does not fit a device, does not update a
+table in place, copies an array of a table's shape, needs more than 64 MB of
+temporary host memory, or needs temporary memory that grows with the tables: the
+train step is compiled again with an eighth of the sharded rows (--nogrowth
+leaves that out).
 
 What it cannot show is time. XLA's libraries are not tried out (autotuned) as on
 a GPU, and sorts are XLA's own in place of CUB's.
@@ -62,10 +63,11 @@ def compile_run(
   import compiled_programs
   import jax
 
-  from recjax.planner import describe
+  from recjax.planner import describe, presets
 
   plan, setup = set_up(config, workdir, target)
   found = list(compiled_programs.reports(setup, growth))
+  has = presets.get(config.plan.topology, target.devices).device_memory
   return {
     "target": target._asdict(),
     "jax": jax.__version__,
@@ -73,7 +75,7 @@ def compile_run(
     "predicted": dict(plan.prediction.memory),
     "sent": dict(plan.prediction.sent),
     "programs": found,
-    "broken": [s for x in found for s in compiled_programs.broken(x)],
+    "broken": [s for x in found for s in compiled_programs.broken(x, has)],
   }
 
 

@@ -126,28 +126,33 @@ def missing(target: Target) -> str:
   return "" if there else f"jax-cuda12-plugin is not here: {_INSTALL}"
 
 
-def prepare() -> None:
-  """Sets this process's environment; call it before JAX is imported.
+def environment() -> dict[str, str]:
+  """Returns what must be set before JAX is imported.
 
   The compilers then look for no accelerator, and JAX runs on the CPU.
   """
-  os.environ |= {
+  # Both would time kernels on a device.
+  flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+  return {
     "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud what machine this is
+    # What is compiled is to be as users have it; tests turn most of it off.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+    # libtpu asks no cloud what machine this is, and lets other processes load
+    # it at the same time, as none uses a TPU.
+    "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # or it is looked for, aloud
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes, as no TPU is used
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "2",
-    # What is compiled here: tests turn most optimizations off.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
   }
-  flags = os.environ.get("XLA_FLAGS", "")
-  # Both would time kernels on a device.
-  for flag in ("xla_gpu_autotune_level=0", "xla_gpu_enable_triton_gemm=false"):
-    flags += f" --{flag}"
-  os.environ["XLA_FLAGS"] = flags.strip()
+
+
+def prepare() -> None:
+  """Sets this process's `environment`."""
+  os.environ |= environment()
 
 
 def devices(target: Target) -> Sequence[Any]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from recjax.errors import UserError
 from recjax.plan.plan import Group, Plan
 from recjax.planner import compiled_collectives
 from recjax.training import compiled as compiled_lib
@@ -50,9 +51,19 @@ def reports(setup: Setup, growth: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def report(program: Program, plan: Plan) -> dict[str, Any]:
-  """Compiles a program; returns what it holds, copies, launches and sends."""
+  """Compiles a program; returns what it holds, copies, launches and sends.
+
+  Raises:
+    UserError: it does not fit the device's memory.
+  """
   begin = time.perf_counter()
-  compiled = program.lowered.compile()
+  try:
+    compiled = program.lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    said = str(e).splitlines()[0]
+    raise UserError(f"{program.name} does not fit: {said}") from None
   seconds = time.perf_counter() - begin
   text, memory = compiled.as_text(), compiled_lib.memory(compiled)
   arrays = jax.tree.leaves(program.tables)
@@ -144,10 +155,20 @@ def _fewer_rows(group: Group, times: int) -> Group:
 # ---- What is wrong
 
 
-def broken(found: dict[str, Any]) -> list[str]:
-  """Returns the invariants that a report shows broken, each in a line."""
+def broken(found: dict[str, Any], device_memory: float) -> list[str]:
+  """Returns the invariants that a report shows broken, each in a line.
+
+  Args:
+    found: a report.
+    device_memory: bytes that a device has.
+  """
   name, memory = found["program"], found["memory"]
   lines = []
+  if memory["total"] > device_memory:
+    lines.append(
+      f"{name}: {memory['total'] / MB:,.0f} MB of a device, which has "
+      f"{device_memory / MB:,.0f}"
+    )
   if found["not_aliased"]:
     arguments = ", ".join(map(str, found["not_aliased"]))
     lines.append(

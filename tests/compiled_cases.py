@@ -3,24 +3,14 @@
   python tests/compiled_cases.py v5e:2x2 warm mixed
 
 prints the reports of scripts/compiled_programs.py as JSON: {case: [report]}. In
-a process of its own, since a compiler for TPUs or GPUs changes what the process
-it is loaded into prints, and how long it takes to start.
+a process of its own, with the environment of scripts/compile_targets.py: a
+compiler for TPUs or GPUs would change what the tests' process does.
 """
 
 import json
-import pathlib
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
-for folder in (ROOT, ROOT / "scripts"):
-  if str(folder) not in sys.path:
-    sys.path.append(str(folder))
-
 import compile_targets
-
-if __name__ == "__main__":
-  compile_targets.prepare()  # before JAX
-
 import compiled_programs
 import dense_reference as dense
 import helpers

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,12 +18,14 @@ from recjax.training import compiled, programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 TPU, GPU = compile_targets.parse("v5e:2x2"), compile_targets.parse("h100", 4)
+DEVICE = 16e9  # bytes of a v5e's memory
 MOST_TEMP = 64e6  # a GPU's products take 33.6 MB (jax 0.10), 4.2 MB (0.12)
 
 
 def run(*args):
   """Runs a script of the project in a process of its own."""
-  env = os.environ | {"PYTHONPATH": str(ROOT)}
+  folders = os.pathsep.join(str(ROOT / x) for x in ("", "scripts"))
+  env = os.environ | compile_targets.environment() | {"PYTHONPATH": folders}
   return subprocess.run(
     [sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True
   )
@@ -48,10 +51,10 @@ def check(target, *names):
   """Asserts the invariants of the cases; returns their reports."""
   found = reports(target, *names)
   lines = {
-    name: [s for x in of.values() for s in compiled_programs.broken(x)]
+    name: [s for x in of.values() for s in compiled_programs.broken(x, DEVICE)]
     for name, of in found.items()
   }
-  assert lines == dict.fromkeys(names, [])
+  assert lines == {name: [] for name in names}
   for name, of in found.items():
     step = of[programs.TRAIN]
     tiers = 2 if CASES[name][0] in range(1, 1_000) else 1
@@ -114,22 +117,29 @@ def test_the_exchange_is_the_same_everywhere(target):
 
 
 def a_report(**changes):
-  memory = {"host_temp": 0, "temp": 0}
+  memory = {"host_temp": 0, "total": 1e9}
   good = {"program": "p", "not_aliased": [], "copies": [], "memory": memory}
   grown = {"tables": 1e9, "temp": 9e6, "host_temp": 0}
   return good | {"growth": grown} | changes
 
 
 def test_a_good_program_breaks_nothing():
-  assert compiled_programs.broken(a_report()) == []
+  assert compiled_programs.broken(a_report(), DEVICE) == []
 
 
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
+    (
+      {"memory": {"host_temp": 0, "total": 17e9}},
+      "17,000 MB of a device, which has 16,000",
+    ),
     ({"not_aliased": [3, 7]}, "argument(s) 3, 7 are tables and not updated"),
     ({"copies": ["copy.1 (copy of (9, 1, 8))"]}, "a table is copied by copy.1"),
-    ({"memory": {"host_temp": 65e6}}, "65 MB of temporary host memory"),
+    (
+      {"memory": {"host_temp": 65e6, "total": 0}},
+      "65 MB of temporary host memory",
+    ),
     (
       {"growth": {"tables": 1e9, "temp": 11e6, "host_temp": 0}},
       "11.0 MB more of temporary device memory for 1,000.0 MB",
@@ -141,7 +151,7 @@ def test_a_good_program_breaks_nothing():
   ],
 )
 def test_what_is_wrong_is_said(changes, said):
-  (line,) = compiled_programs.broken(a_report(**changes))
+  (line,) = compiled_programs.broken(a_report(**changes), DEVICE)
   assert line.startswith("p: ")
   assert said in line
 
@@ -157,7 +167,8 @@ TEXT = """HloModule jit_step, input_output_alias={ {0}: (1, {}, may-alias), \
 
 %body (c: (f32[9,1,8])) -> (f32[9,1,8]) {
   %c = (f32[9,1,8]{2,1,0}) parameter(0)
-  %again = s32[4]{0} fusion(%c), calls=%f, metadata={op_name="jit(step)/update/while/body/add"}
+  %again = s32[4]{0} fusion(%c), calls=%f, metadata={\
+op_name="jit(step)/update/while/body/add"}
 }
 
 %branch (c: f32[3]) -> f32[3] {
@@ -166,12 +177,16 @@ TEXT = """HloModule jit_step, input_output_alias={ {0}: (1, {}, may-alias), \
 
 ENTRY %main (p: f32[9,1,8]) -> f32[9,8] {
   %param = f32[9,1,8]{2,1,0:T(8,128)} parameter(0)
-  %near = (f32[9,1,8]{2,1,0}, f32[9,1,8]{2,1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%param)
+  %near = (f32[9,1,8]{2,1,0}, f32[9,1,8]{2,1,0:T(8,128)S(1)}, \
+u32[]{:S(2)}) copy-start(%param)
   %nearer = f32[9,1,8]{2,1,0:T(8,128)S(1)} copy-done(%near)
-  %small = f32[9]{0} copy(%x), metadata={op_name="jit(step)/transpose(jvp(dense))/mul"}
-  %fused = f32[9,8]{1,0} fusion(%param), kind=kLoop, calls=%fused_copy, metadata={op_name="jit(step)/lookup/gather"}
+  %small = f32[9]{0} copy(%x), metadata={\
+op_name="jit(step)/transpose(jvp(dense))/mul"}
+  %fused = f32[9,8]{1,0} fusion(%param), kind=kLoop, calls=%fused_copy, \
+metadata={op_name="jit(step)/lookup/gather"}
   %loop = (f32[9,1,8]{2,1,0}) while(%t), condition=%cond, body=%body
-  %case = f32[3]{0} conditional(%i, %a, %b), branch_computations={%branch, %branch}
+  %case = f32[3]{0} conditional(%i, %a, %b), \
+branch_computations={%branch, %branch}
   ROOT %done = f32[9,8]{1,0} copy(%fused), metadata={op_name="jit(step)/psum"}
 }
 """
@@ -290,3 +305,15 @@ def test_a_broken_invariant_ends_with_an_error(tmp_path):
   assert "error: v5e:2x2: " in done.stderr
   assert "train step: a table is copied by" in done.stderr
   assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_tables_that_do_not_fit_end_with_an_error(tmp_path):
+  needs(GPU)
+  large = "--config.data.rows=(90_000_000,50,30)", "--config.plan.hot_rows=0"
+  budget = "--config.plan.device_memory_mb=200000"
+  done = script(tmp_path, "--target=a100", "--nogrowth", *large, budget)
+  assert done.returncode == 1
+  (said,) = re.findall(r"train step: ([\d,]+) MB of a device", done.stderr)
+  rows = 2 * 4 * 128 * 90_000_000
+  assert 1 < int(said.replace(",", "")) / (rows / 1e6) < 1.001
