@@ -134,8 +134,7 @@ def route(ids: Sequence[jax.Array], plan: Plan) -> Route:
     plan: whose rows they are.
   """
   buckets, addresses = addresses_of(ids, plan)
-  distinct, index = coalesce(addresses)
-  distinct = jnp.append(distinct, NONE)
+  distinct, index = coalesce(addresses, room=1)
   starts = places_of(buckets_of(plan).bases, distinct)
   return Route(distinct, starts, buckets, index)
 
@@ -194,6 +193,8 @@ def plan_round(of: Route, begin, plan: Plan, lookups: tuple[int, ...]) -> Round:
   def end_of(stop):
     if device_fits and proxy_fits:
       return last
+    if plan.devices == 1:  # no other device ends the round before
+      return jnp.minimum(begin + known.capacity, last)
     end = places_of(stop, of.addresses)
     return jnp.clip(end, begin, last)
 
