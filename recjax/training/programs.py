@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recjax.embedding import tables as tables_lib
-from recjax.embedding.tables import TierArrays
+from recjax.embedding.optimizers import TierArrays
 from recjax.mesh import replicated
 from recjax.schema import AXES
 from recjax.training import checkpoint
@@ -18,6 +18,7 @@ from recjax.training.step import (
   lower,
   make_forward,
   state_shapes,
+  visitor_shapes,
 )
 
 TRAIN = "train step"
@@ -47,7 +48,8 @@ def lower_all(
   state = state_shapes(spec, mesh, params)
   tables = state.tables
   batch = batch_shapes(spec, mesh, inputs, scored=True)
-  forward = make_forward(spec, mesh).lower(state, batch)
+  fetched, _ = visitor_shapes(spec, mesh)
+  forward = make_forward(spec, mesh).lower(state, batch, fetched)
   yield Program("forward pass", forward, tables, ())
   yield Program("first values", _lower_init(spec, mesh), tables, ())
   sums = checkpoint.make_checksums(spec.embedding, mesh).lower(tables)
@@ -58,9 +60,12 @@ def lower_all(
 def train_step(spec: StepSpec, mesh: Mesh, params: Any, inputs: int) -> Program:
   """Lowers the train step; see `lower_all`."""
   lowered, state = lower(spec, mesh, params, inputs)
-  stop = len(jax.tree.leaves(state))  # tables are the state's last leaves
-  start = stop - len(jax.tree.leaves(state.tables))
-  return Program(TRAIN, lowered, state.tables, tuple(range(start, stop)))
+  count = lambda tree: len(jax.tree.leaves(tree))
+  stop = count(state)  # tables are the state's last leaves
+  own = range(stop - count(state.tables), stop)
+  first = stop + count(batch_shapes(spec, mesh, inputs))
+  fetched = range(first, first + count(visitor_shapes(spec, mesh)[0]))
+  return Program(TRAIN, lowered, state.tables, (*own, *fetched))
 
 
 def _lower_init(spec: StepSpec, mesh: Mesh) -> jax.stages.Lowered:
@@ -83,11 +88,9 @@ def _lower_writers(
   """Lowers what a restore writes blocks with, tier by tier."""
   rows = checkpoint.block_rows(spec.embedding)
   for g in spec.embedding.groups:
-    for tier in g.group.tiers:
+    for tier in g.group.resident:
       arrays: TierArrays = tables[g.name][tier.name]
-      write = tables_lib.block_writer(
-        tier, tuple(g.optimizer.slots), mesh, arrays.rows.sharding.memory_kind
-      )
+      write = tables_lib.block_writer(tier, tuple(g.optimizer.slots), mesh)
       size = next(tables_lib.blocks(tier, rows))[1]
       block = jax.tree.map(
         lambda x, size=size: jax.ShapeDtypeStruct(
