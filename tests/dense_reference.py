@@ -56,6 +56,9 @@ class Case(NamedTuple):
 
   parts: tuple[Part, ...]
   features: tuple[Feature, ...]
+  # What a batch's rows have to do with the last one's: "some" are the same,
+  # "all" are, or "none".
+  repeats: str = "some"
 
   def part_of(self, feature: Feature) -> Part:
     return next(p for p in self.parts if feature.table in p.tables)
@@ -65,12 +68,16 @@ def batches(case: Case, steps=STEPS, seed=0):
   """Power-law ids over each table's part of its group's ranks, interleaved."""
   rng = np.random.default_rng(seed)
   used = [f.table for f in case.features]
-  for _ in range(steps):
+  for step in range(steps):
     columns = []
+    if case.repeats == "all":
+      rng = np.random.default_rng(seed)
     for f in case.features:
       part = case.part_of(f)
       names = [t for t in dict.fromkeys(used) if t in part.tables]
       ranks = np.arange(names.index(f.table), part.rows, len(names))
+      if case.repeats == "none":
+        ranks = ranks[step % 2 :: 2]
       draw = np.minimum(rng.zipf(1.3, (BATCH, f.hotness)) - 1, len(ranks) - 1)
       ids = ranks[draw]
       length = rng.integers(0, f.hotness + 1, (BATCH, 1))
@@ -242,7 +249,7 @@ def build(
   *,
   wire_dtype=jnp.float32,
   options=None,
-  on_host=None,
+  on_host=False,
   **of_store,
 ) -> Run:
   """A fresh run of a case under a plan, which cannot be saved.
@@ -251,7 +258,7 @@ def build(
     case, plan: what to run.
     wire_dtype: of the exchange.
     options: the compiler's; helpers.FAST if None.
-    on_host: whether NumPy finds out which stored rows visit.
+    on_host: whether the host finds out what visits, and makes the routes.
     **of_store: of make_store.
   """
   mesh = make_mesh(plan.devices, plan.node_devices)
@@ -265,7 +272,7 @@ def build(
   store = visiting.make_store(spec, mesh, **of_store)
   if store:
     host_store.init(store, embedding, 0.5)
-  step = visiting.make_step(
+  step = visiting.Step(
     spec, mesh, store, on_host=on_host, options=options or helpers.FAST
   )
   return Run(
@@ -275,6 +282,7 @@ def build(
     step.train,
     step.forward,
     Identity({}, "", 0),
+    step.prepare,
     step.place,
     store,
   )
@@ -328,7 +336,7 @@ def train(case: Case, plan: Plan, *, ahead=True, **kw):
         if mine:
           at = columns[f.name]
           batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
-      yield run.place(batch)
+      yield run.place(run.prepare(batch, training=True))
 
   state, rounds = run.state, []
   for batch in inputs.one_ahead(placed()) if ahead else placed():

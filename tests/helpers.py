@@ -1,9 +1,11 @@
 """What tests of several rooms share: plans by hand, tables in rank order."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -53,6 +55,19 @@ FAST = _known(
     "xla_cpu_parallel_codegen_split_count": 1,
   }
 )
+
+
+@contextlib.contextmanager
+def limited_memory(more: int):
+  """Lets this process map so many bytes more than it has now."""
+  with open("/proc/self/statm") as f:
+    now = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+  resource.setrlimit(resource.RLIMIT_AS, (now + more, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def quiet(line):
@@ -157,6 +172,17 @@ def make_plan(devices, rows, hot, warm, *, batch_size=0, **group) -> Plan:
   )
 
 
+def as_seen(plan: Plan) -> Plan:
+  """The plan as a step sees it where all stored rows visit: one more tier."""
+  groups = []
+  for g in plan.groups:
+    rows = sum(t.rows for t in g.stored)
+    tiers = [dataclasses.replace(t, rows=rows) if t == g.visitors else t
+             for t in g.on_device]  # fmt: skip
+    groups.append(dataclasses.replace(g, tiers=tuple(tiers), visitors=None))
+  return dataclasses.replace(plan, groups=tuple(groups))
+
+
 def in_rank_order(tables: Tables, plan: Plan, store: HostStore | None = None):
   """{group: TierArrays of numpy}: rows and slot variables, by position."""
   if store:
@@ -180,7 +206,7 @@ def _joined(tiers, group: Group, stored):
     rows = sum(t.rows for t in group.stored)
     assert list(stored.owners) == list(range(stored.devices))
     parts.append(stored.block(0, rows))
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
 
 
 def check_copies(tables: Tables):

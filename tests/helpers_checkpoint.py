@@ -180,8 +180,9 @@ def fresh(plan: Plan | str, seed=7, profile=None, **of_store) -> Run:
   if store:
     host_store.init(store, seeded, 0.5)
   state = TrainState(count, params, opt_state, t)
-  step, forward, place = visiting.make_step(spec, mesh, store)
-  return Run(spec, mesh, state, step, forward, IDENTITY, place, store)
+  step = visiting.Step(spec, mesh, store)
+  do = step.train, step.forward, IDENTITY, step.prepare, step.place
+  return Run(spec, mesh, state, *do, store)
 
 
 def batch_of(step, plan, mesh):

@@ -34,25 +34,30 @@ def spec_of(tier: Tier) -> PartitionSpec:
   return PartitionSpec(None, tier.axes if len(tier.axes) > 1 else tier.axes[0])
 
 
-def specs(embedding: Embedding) -> Tables:
-  """Returns the PartitionSpecs of the tables, as `shard_map` wants them."""
+def specs(embedding: Embedding, visitors: bool = False) -> Tables:
+  """Returns the PartitionSpecs of the tables, as `shard_map` wants them.
+
+  Args:
+    embedding: the groups.
+    visitors: whether they are among the tables.
+  """
   return {
     g.name: {
       t.name: TierArrays(
         spec_of(t), dict.fromkeys(g.optimizer.slots, spec_of(t))
       )
-      for t in g.group.resident
+      for t in (g.group.on_device if visitors else g.group.resident)
     }
     for g in embedding.groups
   }
 
 
-def shapes(embedding: Embedding) -> Tables:
-  """Returns the shapes and dtypes of the tables."""
+def shapes(embedding: Embedding, visitors: bool = False) -> Tables:
+  """Returns the shapes and dtypes of the tables; see `specs`."""
   found: Tables = {}
   for g in embedding.groups:
     found[g.name] = {}
-    for t in g.group.resident:
+    for t in g.group.on_device if visitors else g.group.resident:
       found[g.name][t.name] = tier_shapes(g, t)
   return found
 
@@ -124,6 +129,14 @@ def init(
     if g.group.table_wise
   }
   seeds = np.array([g.seed for g in embedding.groups], np.uint32)
+  return make_init(embedding, mesh, scale)(seeds, given)
+
+
+def make_init(embedding: Embedding, mesh: Mesh, scale: float):
+  """Makes the jitted (seeds [groups] uint32, ranks by group) -> Tables.
+
+  ranks [shard rows, n] int32 of the groups with table-wise tables.
+  """
 
   def make(seeds, given):  # a device's shards
     return {
@@ -137,11 +150,11 @@ def init(
   make = jax.shard_map(
     make,
     mesh=mesh,
-    in_specs=(PartitionSpec(), place),
+    in_specs=(PartitionSpec(), PartitionSpec(None, AXES)),
     out_specs=specs(embedding),
     check_vma=False,
   )
-  return jax.jit(make, out_shardings=shardings(embedding, mesh))(seeds, given)
+  return jax.jit(make, out_shardings=shardings(embedding, mesh))
 
 
 def _placed_ranks(g: EmbeddingGroup, ranks: np.ndarray, place: NamedSharding):
@@ -182,7 +195,7 @@ def _first_tier(g: EmbeddingGroup, tier: Tier, scale: float, seed, ranks):
 # ---- Filling, block by block
 
 
-def _blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
+def blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
   """Yields (first local row, local rows) of every block, in rank order.
 
   Local rows [s, s + k) of all n owners are the tier's ranks [s n, (s + k) n).
@@ -252,7 +265,7 @@ def fill(
       arrays, n = tables[g.name][tier.name], tier.owners
       place = placed[g.name][tier.name]
       write = block_writer(tier, tuple(g.optimizer.slots), mesh)
-      for start, count in _blocks(tier, block_rows):
+      for start, count in blocks(tier, block_rows):
         first = tier.first + start * n
         stop = min(first + count * n, tier.stop)
         block = rows(g.name, first, stop)

@@ -17,7 +17,7 @@ from recjax.embedding.coalesce import NONE, coalesce
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.lookup import Residuals, replica_rows
 from recjax.embedding.optimizers import TierArrays
-from recjax.embedding.pooling import joined, spread
+from recjax.embedding.pooling import add_spread, joined, spread
 from recjax.embedding.row_random import row_bits, stochastic_round
 from recjax.embedding.tables import Tables, gather, scatter
 from recjax.plan.plan import Tier
@@ -44,13 +44,13 @@ def backward(
   Returns:
     (tables, the number of rounds that it took [] int32).
   """
-  by_row = []  # of each group, [L, d]
+  by_bag = []  # of each group, [b, A, d]
   tables = {name: dict(tiers) for name, tiers in tables.items()}
   for g, of in zip(embedding.groups, residuals.groups, strict=True):
     grads = joined(gradients, g.features)
-    rows = spread(grads, of.coefficients, g.features).reshape(-1, g.dim)
-    by_row.append(rows)
+    by_bag.append(grads)
     if g.group.hot and g.group.hot_sync == "all_reduce":
+      rows = spread(grads, of.coefficients, g.features).reshape(-1, g.dim)
       _update_replicas(embedding, tables, g, of.ids, (rows, step))
     if of.bags is not None:
       _update_bags(embedding, tables, g, of.bags, (grads, step))
@@ -58,7 +58,7 @@ def backward(
   if residuals.round is None:
     return tables, one
   update = lambda tables, now: _update_round(
-    embedding, tables, residuals, by_row, (now, step)
+    embedding, tables, residuals, by_bag, (now, step)
   )
   first = residuals.round
   tables = update(tables, first)
@@ -210,12 +210,12 @@ def _update_bags(embedding, tables, g: EmbeddingGroup, bags, what):
   )
 
 
-def _update_round(embedding, tables, residuals: Residuals, by_row, when):
+def _update_round(embedding, tables, residuals: Residuals, by_bag, when):
   """Updates the rows of a round, group by group.
 
   Args:
     embedding, tables, residuals: as `backward` has them.
-    by_row: of each group the gradients of its lookups' rows, [L, d] float32.
+    by_bag: of each group the gradients of its activations, [b, A, d] float32.
     when: (the round, [] int32 step).
   """
   now, step = when
@@ -227,7 +227,13 @@ def _update_round(embedding, tables, residuals: Residuals, by_row, when):
     if not known.of_group(i):
       continue
     buffer = jnp.zeros((known.sizes[i], g.dim))
-    buffer = buffer.at[places[i]].add(by_row[i], mode="drop")
+    buffer = add_spread(
+      buffer,
+      places[i],
+      by_bag[i],
+      residuals.groups[i].coefficients,
+      g.features,
+    )
     buffer = buffer.astype(embedding.wire_dtype)
     for t in known.of_group(i):
       part = buffer[t.buffer : t.buffer + t.rows]

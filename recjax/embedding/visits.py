@@ -24,7 +24,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from recjax.embedding import wire
+from recjax.embedding import host_route, wire
 from recjax.embedding.coalesce import NONE, coalesce, places_of
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.optimizers import TierArrays
@@ -60,7 +60,8 @@ def _translate(ids, g: EmbeddingGroup, first: int, n: int) -> list[np.ndarray]:
   there = np.zeros(ids.shape, bool)
   for at in g.columns:
     there[:, at] = ids[:, at] >= first
-  rows, index = np.unique(ids[there] - np.int32(first), return_inverse=True)
+  rows, index = host_route.coalesce(ids[there] - np.int32(first))
+  rows = rows[: np.searchsorted(rows, NONE)]
   local, owner = np.divmod(rows, np.int32(n))
   lists, place = [], np.empty_like(rows)
   for o in range(n):

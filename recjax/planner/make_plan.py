@@ -263,6 +263,7 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     hot=placed.cuts.hot,
     warm_shard=placed.warm_shard,
     buffers=sum(_rows(x) for x in buffers),
+    gathered=traffic.gathered,
     table_wise=traffic.table_wise,
   )
 

@@ -10,7 +10,7 @@ from recjax import config as config_lib
 from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.embedding import host_store, optimizers
-from recjax.embedding.embedding import make_embedding
+from recjax.embedding.embedding import Embedding, make_embedding
 from recjax.errors import UserError
 from recjax.mesh import make_mesh
 from recjax.models import build as models
@@ -27,7 +27,6 @@ from recjax.training.state import (
   TrainState,
   first_state,
 )
-from recjax.training.visiting import make_store
 
 
 def table_groups(
@@ -82,39 +81,53 @@ def build(
     e.dim,
     config.seed,
   )
-  of_rows = {}
-  for g in groups:
-    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
-    if serving:
-      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  steps = 0 if serving else run_length(config, prepared)[0]
   spec = StepSpec(
     apply,
-    make_embedding(
-      plan,
-      schema.features,
-      of_rows,
-      wire_dtype=e.exchange_dtype,
-      seed=config.seed,
-    ),
-    dense_optimizer(config, 0 if serving else run_length(config, prepared)[0]),
+    configured_embedding(config, plan, schema.features, groups, serving),
+    dense_optimizer(config, steps),
   )
   ranks = {
     name: of.ranks
     for name, of in positions.of_groups(plan, prepared.profile).items()
   }
-  store = make_store(spec, mesh)
+  store = visiting.make_store(spec, mesh)
   if store:
     host_store.init(store, spec.embedding, e.init_scale)
-  step, forward, place = visiting.make_step(spec, mesh, store)
+  on_host = {"auto": None, "host": True, "device": False}[config.data.route]
+  step = visiting.Step(spec, mesh, store, on_host=on_host)
   return Run(
     spec,
     mesh,
     first_state(spec, mesh, params, e.init_scale, ranks),
-    reused(step),
-    forward,
+    reused(step.train),
+    step.forward,
     identity_of(config, prepared, params if model else None),
-    place,
+    step.prepare,
+    step.place,
     store,
+  )
+
+
+def configured_embedding(
+  config: Config,
+  plan: Plan,
+  features: tuple[Feature, ...],
+  groups: tuple[TableGroup, ...],
+  serving: bool = False,
+) -> Embedding:
+  """Makes the static part of all groups; without slot variables to serve."""
+  of_rows = {}
+  for g in groups:
+    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
+    if serving:
+      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  return make_embedding(
+    plan,
+    features,
+    of_rows,
+    wire_dtype=config.embedding.exchange_dtype,
+    seed=config.seed,
   )
 
 

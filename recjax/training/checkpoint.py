@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 
 from recjax import distributed
 from recjax.embedding import tables as tables_lib
-from recjax.embedding.embedding import EmbeddingGroup
+from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.host_store import StoredRows
 from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.tables import Tables
@@ -295,12 +295,11 @@ def _restore_rows(
       read("rows"), {k: read(k) for k in found[group].names if k != "rows"}
     )
 
-  most = max(map(_row_bytes, embedding.groups))
   tables = tables_lib.fill(
     run.state.tables,
     embedding,
     run.mesh,
-    max(1, _BLOCK_BYTES // most),
+    block_rows(embedding),
     lambda group, first, stop: rows(group, np.arange(first, stop)),
   )
   everywhere = _sums(found)
@@ -353,6 +352,11 @@ def _check_sums(found, everywhere: dict[str, int], meta: dict) -> None:
       raise ValueError(
         f"the checksum of {key} is {total}, {want[key]} was written"
       )
+
+
+def block_rows(embedding: Embedding) -> int:
+  """Returns how many rows are read and written at a time, about."""
+  return max(1, _BLOCK_BYTES // max(map(_row_bytes, embedding.groups)))
 
 
 def _row_bytes(g: EmbeddingGroup) -> int:

@@ -1,5 +1,6 @@
 """Batches of prepared data for a run: this process's parts, onto devices."""
 
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,6 +37,8 @@ def batches(
 ) -> grain.DatasetIterator:
   """Iterates over this process's parts of the run's batches, as numpy arrays.
 
+  Prepared: with what the host finds out ahead of the step.
+
   Args:
     run: whose plan says where the rows lie.
     prepared: the data set.
@@ -43,9 +46,8 @@ def batches(
     batch_size: local, b.
     **options: of `data.batches.dataset`: seed, epochs, shuffle_blocks, ...
   """
-  where = positions.of_batches(
-    run.spec.embedding.plan, prepared.profile, prepared.schema.features
-  )
+  plan = run.spec.embedding.plan
+  where = positions.of_batches(plan, prepared.profile, prepared.schema.features)
   return batches_lib.dataset(
     prepared,
     split,
@@ -53,6 +55,7 @@ def batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     positions_of=where and where.of_batch,
+    then=functools.partial(run.prepare, training=split == "train"),
     **options,
   )
 

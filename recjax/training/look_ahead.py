@@ -38,6 +38,8 @@ from recjax.embedding.optimizers import TierArrays
 from recjax.mesh import batch_sharding
 from recjax.training.transfer import Devices
 
+Room = dict[str, tuple[int, int]]  # V by group, and rows asked of an owner
+
 
 class Fetched(NamedTuple):
   """A batch's visitors, by group."""
@@ -48,6 +50,19 @@ class Fetched(NamedTuple):
   forwarded: dict[str, jax.Array]
 
 
+class Seen(NamedTuple):
+  """What the host finds out of a batch's ids."""
+
+  ids: np.ndarray  # [B, S] int32, translated
+  lists: visits.Lists  # of this process's owners
+  room: Room
+
+  @property
+  def rows(self) -> dict[str, int]:
+    """V by group."""
+    return {k: v for k, (v, _) in self.room.items()}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Visit:
   """The stored rows of a batch, on their way."""
@@ -55,12 +70,17 @@ class Visit:
   serial: int
   raw: Any  # [B, S] int32 ids as they came
   ids: jax.Array  # [B, S] int32, translated, on the mesh
-  room: dict[str, tuple[int, int]]  # V by group, and rows asked of an owner
+  room: Room
   need: dict[str, jax.Array] | None  # as `visits.Asked` has it
   after: int  # serial of the batch that is trained before, as it seems; -1
   # Steps whose visitors the store has back when it is read, and its version.
   seen: tuple[int, int]
   fetched: Future  # of Fetched; None where the room was too small
+
+  @property
+  def rows(self) -> dict[str, int]:
+    """V by group."""
+    return {k: v for k, (v, _) in self.room.items()}
 
 
 class LookAhead:
@@ -79,6 +99,8 @@ class LookAhead:
     """
     self.embedding, self.mesh, self.store = embedding, mesh, store
     self.on_host = on_host
+    visitors = {g.name: g.group.visitors for g in embedding.visited}
+    self._room = {k: (t.shard_rows, t.capacity) for k, t in visitors.items()}
     self._devices = Devices(mesh)
     self._steps = 0  # trained so far
     self._version = store.version  # of the store that they were trained with
@@ -91,26 +113,32 @@ class LookAhead:
 
   # ---- Visit
 
+  def see(self, ids: np.ndarray) -> Seen:
+    """Finds out which stored rows a batch's ids [B, S] int32 use.
+
+    Changes nothing: any thread may call it.
+    """
+    translated, lists = visits.on_host(ids, self.embedding)
+    need = {k: (max(map(len, of)), 0) for k, of in lists.items()}
+    here = self._devices.owners
+    mine = {k: [of[o] for o in here] for k, of in lists.items()}
+    return Seen(translated, mine, self._enough(self._room, need))
+
   def visit(self, ids) -> Visit:
     """Begins to fetch the stored rows of a batch's ids.
 
     Args:
-      ids: [B, S] int32, of NumPy or on the mesh.
+      ids: what was seen of them; or [B, S] int32 on the mesh.
     """
-    visitors = {g.name: g.group.visitors for g in self.embedding.visited}
-    room = {k: (t.shard_rows, t.capacity) for k, t in visitors.items()}
     after = self._newest
     if self.on_host:
-      translated, lists = visits.on_host(jax.device_get(ids), self.embedding)
-      need = {k: (max(map(len, of)), 0) for k, of in lists.items()}
-      here = self._devices.owners
-      mine = {k: [of[o] for o in here] for k, of in lists.items()}
-      placed = jax.device_put(translated, batch_sharding(self.mesh))
-      room = self._enough(room, need)
-      self._newest = self._begin(ids, placed, room, mine, after)
+      seen = ids if isinstance(ids, Seen) else self.see(jax.device_get(ids))
+      placed = jax.device_put(seen.ids, batch_sharding(self.mesh))
+      visit = self._begin(None, placed, seen.room, seen.lists, after)
     else:
-      self._newest = self._ask(ids, room, after)
-    return self._newest
+      visit = self._ask(ids, self._room, after)
+    self._newest = visit
+    return visit
 
   def _ask(self, ids, room, after: Visit | None) -> Visit:
     """Lets the devices find out what visits."""
@@ -136,7 +164,7 @@ class LookAhead:
       self.store.submit(fetch),
     )
 
-  def _enough(self, room, need) -> dict[str, tuple[int, int]]:
+  def _enough(self, room: Room, need: Room) -> Room:
     """Doubles rooms until the need [rows, rows asked] fits."""
     found = {}
     for g in self.embedding.visited:

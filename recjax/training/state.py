@@ -53,8 +53,10 @@ class Run(NamedTuple):
   step: Callable  # (state, batch) -> (state, metrics); state is donated
   forward: Callable  # (state, batch) -> (logits, labels, mask), [B] each
   identity: Identity
-  # Puts a process's part of a batch onto the mesh, and begins to fetch its
-  # stored rows: {name: NumPy array} -> batch.
+  # (a process's part of a batch {name: NumPy array}, training) -> the same with
+  # what the host finds out ahead: its stored rows, its route.
+  prepare: Callable
+  # Puts such a batch onto the mesh, and begins to fetch its stored rows.
   place: Callable
   store: HostStore | None = None  # of stored rows, where there are any
 

@@ -1,5 +1,7 @@
 """The one jitted step, and the forward pass for evaluation."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -9,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from recjax import mesh as mesh_lib
 from recjax.embedding import exchange, lookup, update
 from recjax.embedding import tables as tables_lib
+from recjax.embedding.buckets import buckets_of
 from recjax.embedding.coalesce import NONE
 from recjax.embedding.embedding import Embedding
 from recjax.embedding.tables import Tables
@@ -40,7 +43,8 @@ def make_train_step(spec: StepSpec, mesh: Mesh, options: dict | None = None):
 
   The step takes
     batch: label [B] float32, dense [B, D] float32, ids [B, S] int32 and maybe
-      weights [B, S] float32, sharded over the first axis.
+      weights [B, S] float32 and the route of the ids (embedding/host_route.py;
+      else the step makes it), sharded over the first axis.
     fetched, beside: the visitors by group (look_ahead.py); {} where no rows are
       stored.
 
@@ -166,7 +170,9 @@ def make_forward(spec: StepSpec, mesh: Mesh):
 # ---- Shapes alone
 
 
-def lower(spec: StepSpec, mesh: Mesh, params, inputs: int):
+def lower(
+  spec: StepSpec, mesh: Mesh, params, inputs: int, *, routed: bool = False
+):
   """Lowers the train step for shapes alone: its tables need not exist.
 
   Args:
@@ -174,12 +180,13 @@ def lower(spec: StepSpec, mesh: Mesh, params, inputs: int):
     mesh: where it would run.
     params: of the dense part, arrays or shapes.
     inputs: D, dense inputs of a sample.
+    routed: whether batches bring their routes.
 
   Returns:
     (jax.stages.Lowered, the state's shapes with their shardings).
   """
   state = state_shapes(spec, mesh, params)
-  batch = batch_shapes(spec, mesh, inputs)
+  batch = batch_shapes(spec, mesh, inputs, routed=routed)
   visitors = visitor_shapes(spec, mesh)
   return make_train_step(spec, mesh).lower(state, batch, *visitors), state
 
@@ -214,8 +221,19 @@ def visitor_shapes(spec: StepSpec, mesh: Mesh):
   return fetched, beside
 
 
-def batch_shapes(spec: StepSpec, mesh: Mesh, inputs: int):
-  """Returns a global batch's shapes, for D dense inputs of a sample."""
+def batch_shapes(
+  spec: StepSpec,
+  mesh: Mesh,
+  inputs: int,
+  scored: bool = False,
+  *,
+  routed: bool = False,
+):
+  """Returns a global batch's shapes, for D dense inputs of a sample.
+
+  Scored batches have a mask of those samples that are not padding, routed ones
+  bring their routes.
+  """
   embedding = spec.embedding
   columns = embedding.columns
   shapes = {
@@ -223,10 +241,20 @@ def batch_shapes(spec: StepSpec, mesh: Mesh, inputs: int):
     "dense": ((inputs,), jnp.float32),
     "ids": ((columns,), jnp.int32),
   }
+  if scored:
+    shapes["mask"] = ((), jnp.float32)
   if embedding.weighted:
     shapes["weights"] = ((columns,), jnp.float32)
   place, size = mesh_lib.batch_sharding(mesh), embedding.plan.batch_size
-  return {
+  batch: dict[str, Any] = {
     name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=place)
     for name, (shape, dtype) in shapes.items()
   }
+  if routed:
+    n, buckets = embedding.plan.devices, buckets_of(embedding.plan)
+    lookups = size // n * columns
+    sizes = (lookups + 1, len(buckets.bases), lookups, lookups)
+    batch["route"] = exchange.Route(
+      *(jax.ShapeDtypeStruct((n, x), jnp.int32, sharding=place) for x in sizes)
+    )
+  return batch

@@ -122,6 +122,7 @@ def check_read(plan, ids):
   The gradients are the activations: a row that is used k times moves by
   -0.1 k of itself.
   """
+  plan = helpers.as_seen(plan)
   seen = reader(plan)(ids)
   rows = helpers.in_rank_order(seen.tables, plan)
   for g, mine in zip(plan.groups, ids, strict=True):

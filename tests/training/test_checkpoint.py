@@ -252,7 +252,7 @@ def run_of(devices, hot, warm_end):
   state = TrainState(zero, w, spec.dense_optimizer.init(w), t)
   store = visiting.make_store(spec, mesh)
   host_store.init(store, embedding, 0.5)
-  return Run(spec, mesh, state, None, None, identity, None, store)
+  return Run(spec, mesh, state, None, None, identity, None, None, store)
 
 def most():
   # Not ru_maxrss, which a child inherits.
