@@ -14,18 +14,14 @@ from recjax.training.state import StepSpec
 
 
 def big_group(devices, rows, tiers, part: dense.Part, **kw) -> Group:
-  """A group of so many rows, with buffers of 8 rows an owner.
-
-  As many stored rows visit an owner, however many rows there are.
-  """
+  """A group of so many rows, with buffers of 8 rows an owner."""
   hot, warm = {
     "warm": (0, rows),
     "cold": (0, 0),
     "mixed": (64, rows // 2 - 64),
   }[tiers]
   made = part._asdict() | {"rows": rows, "hot": hot, "warm": warm}
-  made |= {"capacity": 8, "visitors": 8}
-  return helpers.make_group(devices, **made | kw)
+  return helpers.make_group(devices, **made | {"capacity": 8, "visitors": 8} | kw)
 
 
 def spec_of(case: dense.Case, plan: Plan, **kw):
