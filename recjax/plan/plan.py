@@ -4,19 +4,26 @@ The contract between the planner and the runtime. Everything in it is static in
 the compiled step: a plan is hashable, and it is stored as JSON.
 
 A group is the tables of one dim, dtype and sparse optimizer. Their rows share
-one row space, most used first: a row's place in it is its rank. Two cut points
+one row space, most used first: a row's place in it is its rank. Cut points
 divide the ranks into tiers:
 
   rank  0 ......... hot rows: a replica on every device
         hot ....... warm rows: sharded over the mesh, in device memory
         warm_end .. cold rows: sharded over the mesh, in host memory
+        cold_end .. frozen rows: sharded over the mesh, on the hosts' SSDs
+
+Cold and frozen rows are stored: a step sees those that its batch uses as
+visitors, a small sharded tier in device memory (embedding/visits.py).
 """
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
-HOT, WARM, COLD = TIERS = ("hot", "warm", "cold")  # names, in rank order
+# Names, in rank order.
+HOT, WARM, COLD, FROZEN = TIERS = ("hot", "warm", "cold", "frozen")
+VISITORS = "visitors"  # name of the stored rows' tier, as a step sees it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +40,7 @@ class Tier:
   owners: int  # devices that share the rows out; 1 where all have a replica
   axes: tuple[str, ...]  # of the mesh, along which they lie; () = replicated
   shard_rows: int  # rows of an owner, padding included
-  memory: str = "device"  # or "host"
+  memory: str = "device"  # or "host", or "ssd"
   # C: rows that a device asks an owner for in a round; of replicated rows,
   # those whose gradients it shares in a round (0: all are all-reduced).
   capacity: int = 0
@@ -64,11 +71,30 @@ class Group:
   hot_sync: str = "all_reduce"  # of replicas' gradients, or "all_gather"
   table_wise: tuple[tuple[str, int], ...] = ()  # tables and their owners
   padding_rows: int = 0
+  # The stored rows of a batch as a tier: `shard_rows` are V, those that an
+  # owner's device has room for. None where no rows are stored.
+  visitors: Tier | None = None
 
   @property
   def rows(self) -> int:
     """Positions of the group: its rows, and the padding rows."""
     return sum(t.rows for t in self.tiers)
+
+  @property
+  def stored(self) -> tuple[Tier, ...]:
+    """The tiers outside device memory; neighbours, with the same owners."""
+    return tuple(t for t in self.tiers if t.memory != "device")
+
+  @property
+  def resident(self) -> tuple[Tier, ...]:
+    """The tiers in device memory."""
+    return tuple(t for t in self.tiers if t.memory == "device")
+
+  @property
+  def on_device(self) -> tuple[Tier, ...]:
+    """The tiers as a step sees them: visitors in place of the stored ones."""
+    visitors = () if self.visitors is None else (self.visitors,)
+    return self.resident + visitors
 
   @property
   def hot(self) -> Tier | None:
@@ -77,8 +103,8 @@ class Group:
 
   @property
   def sharded(self) -> tuple[Tier, ...]:
-    """The tiers whose rows have owners."""
-    return tuple(t for t in self.tiers if t.axes)
+    """The tiers whose rows have owners, as a step sees them."""
+    return tuple(t for t in self.on_device if t.axes)
 
   @property
   def table_wise_tier(self) -> Tier | None:
@@ -176,6 +202,17 @@ class Plan:
     """The group of that name."""
     return next(g for g in self.groups if g.name == name)
 
+  def with_visitors(self, rows: Mapping[str, int]) -> "Plan":
+    """The plan with room for so many visitors an owner, by group's name."""
+    groups = []
+    for g in self.groups:
+      if g.visitors and g.name in rows:
+        v, n = rows[g.name], g.visitors.owners
+        tier = dataclasses.replace(g.visitors, rows=v * n, shard_rows=v)
+        g = dataclasses.replace(g, visitors=tier)
+      groups.append(g)
+    return dataclasses.replace(self, groups=tuple(groups))
+
   def report(self, group: str, tier: str) -> TierReport | None:
     """What was predicted of a tier; None where it has no rows."""
     for report in self.prediction.tiers:
@@ -196,10 +233,15 @@ class Plan:
     return cls(**found)
 
 
+def _tier(found: dict[str, Any]) -> Tier:
+  return Tier(**found | {"axes": tuple(found["axes"])})
+
+
 def _group(found: dict[str, Any]) -> Group:
-  tiers = tuple(Tier(**t | {"axes": tuple(t["axes"])}) for t in found["tiers"])
+  visitors = found["visitors"]
   found |= {
-    "tiers": tiers,
+    "tiers": tuple(map(_tier, found["tiers"])),
+    "visitors": visitors and _tier(visitors),
     "tables": tuple(found["tables"]),
     "table_wise": tuple((name, owner) for name, owner in found["table_wise"]),
   }

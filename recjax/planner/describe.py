@@ -1,6 +1,6 @@
 """A plan as text to print: its tiers, its transports, what is predicted."""
 
-from recjax.plan.plan import COLD, HOT, WARM, Group, Plan, TierReport
+from recjax.plan.plan import TIERS, Group, Plan, TierReport
 from recjax.planner import transport as transport_lib
 
 
@@ -50,24 +50,29 @@ def describe(plan: Plan) -> str:
 
 def _tiers(plan: Plan, group: Group) -> list[str]:
   """The lines of a group's tiers, those without rows included."""
+  where = {"device": "a device", "host": "of hosts", "ssd": "of SSDs"}
   lines = [
-    f"{'tier':5} {'rows':>13} {'memory':>18} {'accesses':>9} "
+    f"{'tier':6} {'rows':>13} {'memory':>18} {'accesses':>9} "
     f"{'distinct/step':>14} {'buffer rows':>12} {'buffers':>10}"
   ]
-  for name in (HOT, WARM, COLD):
+  for name in TIERS:
     tier = group.tier(name)
     r = plan.report(group.name, name)
     r = r or TierReport(group.name, name, 0, 0, 0.0, 0.0, 0)
-    where = "a device"
-    if tier and tier.memory == "host":
-      where = "of hosts"
-    size = f"{r.bytes / 2**20:,.1f} MB {where}"
+    size = (
+      f"{r.bytes / 2**20:,.1f} MB {where[tier.memory if tier else 'device']}"
+    )
     buffers = "-"
-    if tier and tier.axes:
+    if tier in group.sharded:
       buffers = f"{tier.owners} x {tier.capacity:,}"
     lines.append(
-      f"{name:5} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
+      f"{name:6} {r.rows:>13,} {size:>18} {r.share:>9.2%} "
       f"{r.distinct:>14,.0f} {buffers:>12} {r.buffer_bytes / 2**20:>7,.1f} MB"
+    )
+  if visitors := group.visitors:
+    lines.append(
+      f"visitors: room for {visitors.shard_rows:,} of a batch's stored rows on "
+      f"each device; buffers {visitors.owners} x {visitors.capacity:,}"
     )
   return lines
 

@@ -11,6 +11,7 @@ from recjax.plan import layout
 from recjax.plan.plan import (
   COLD,
   HOT,
+  VISITORS,
   WARM,
   Group,
   Plan,
@@ -94,6 +95,10 @@ def plan(
   tiers = [
     _tiers(x, part.traffic) for x, part in zip(placed, parts, strict=True)
   ]
+  made = [
+    _group(x, group, found, _visitors(found, part))
+    for x, group, found, part in zip(placed, groups, tiers, parts, strict=True)
+  ]
   accesses = sum(
     _uses(x, tier)
     for x, found in zip(placed, tiers, strict=True)
@@ -105,7 +110,7 @@ def plan(
   return Plan(
     devices=shape.devices,
     batch_size=shape.batch_size,
-    groups=tuple(_group(*x) for x in zip(placed, groups, tiers, strict=True)),
+    groups=tuple(made),
     node_devices=shape.node_devices,
     prediction=Prediction(
       topology=topology.name,
@@ -128,7 +133,12 @@ def plan(
   )
 
 
-def _group(placed: Placed, group: TableGroup, tiers: tuple[Tier, ...]) -> Group:
+def _group(
+  placed: Placed,
+  group: TableGroup,
+  tiers: tuple[Tier, ...],
+  visitors: Tier | None,
+) -> Group:
   owner = placed.choice.owner if placed.choice else {}
   tables = placed.problem.profile.tables
   return Group(
@@ -141,6 +151,26 @@ def _group(placed: Placed, group: TableGroup, tiers: tuple[Tier, ...]) -> Group:
     hot_sync=placed.cuts.hot_sync,
     table_wise=tuple((tables[t].name, o) for t, o in owner.items()),
     padding_rows=placed.padding_rows,
+    visitors=visitors,
+  )
+
+
+def _visitors(tiers: tuple[Tier, ...], part: Part) -> Tier | None:
+  """The stored rows of a batch as a tier; None where none are stored."""
+  stored = [t for t in tiers if t.memory != "device"]
+  if not stored:
+    return None
+  n, nodes = part.shape.devices, part.shape.nodes
+  rows = max(math.ceil(part.traffic.visitors), 1)
+  return Tier(
+    VISITORS,
+    stored[0].first,
+    rows * n,
+    n,
+    AXES,
+    rows,
+    capacity=_rows(part.traffic.cold) // n,
+    node_capacity=_rows(part.traffic.inter_node_cold) // nodes,
   )
 
 
@@ -171,8 +201,6 @@ def _tiers(placed: Placed, traffic: Traffic) -> tuple[Tier, ...]:
       AXES,
       layout.shard_rows(cold, n),
       memory="host",
-      capacity=_rows(traffic.cold) // n,
-      node_capacity=_rows(traffic.inter_node_cold) // nodes,
     ),
   )
   return tuple(t for t in tiers if t.rows)
@@ -230,12 +258,21 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     traffic.inter_node_warm,
     traffic.inter_node_cold,
   )
+  problem = placed.problem
+  # As XLA:TPU works: in tiles of 128 numbers, and a bag's rows, which XLA:GPU
+  # sums as it gathers them, are there at once.
+  tiled = {}
+  if problem.topology.torus:
+    bag = max(t.hotness for t in problem.profile.tables)
+    tiled = {"lanes": 128, "bag": bag if bag > 1 else 0}
   return step_cost.device_bytes(
-    placed.problem.shape,
+    problem.shape,
     hot=placed.cuts.hot,
     warm_shard=placed.warm_shard,
     buffers=sum(_rows(x) for x in buffers),
+    gathered=traffic.gathered,
     table_wise=traffic.table_wise,
+    **tiled,
   )
 
 

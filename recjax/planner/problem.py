@@ -71,6 +71,11 @@ class Problem:
     """How the samples of a node's devices touch rows."""
     return self._sums(self.shape.local * self.shape.devices // self.shape.nodes)
 
+  @functools.cached_property
+  def of_batch(self) -> _Sums:
+    """How the global batch touches rows."""
+    return self._sums(self.shape.batch_size)
+
   def _sums(self, samples: int) -> _Sums:
     pi = self.profile.touched(samples)
     cumulative = self.profile.cumulative
@@ -144,6 +149,21 @@ class Problem:
     )
     return np.minimum(rows, g * intra_node) * (self.shape.nodes / owners)
 
+  def visitors(self, start, stop):
+    """Rows V of ranks [start, stop) that a batch brings to each owner.
+
+    So many that those of no owner are more in a step, but for
+    `overflow_probability`: then the step compiled for the next size runs.
+    """
+    each, n = self.overflow_probability, self.shape.devices
+    rows = buffer_sizes.buffer_rows(
+      self._distinct_rows(self.of_batch, start, stop),
+      n,
+      self.shape.batch_size * self.shape.lookups,
+      None if each is None else each / n,
+    )
+    return rows / n
+
   def gathered(self, hot, hot_sync: str):
     """Touched hot rows that a device shares with all; None: all-reduced."""
     if hot_sync == "all_reduce":
@@ -204,6 +224,13 @@ class Problem:
           inter_node = np.minimum(inter_node, capacity * self.shape.nodes)
       found.append((intra_node, inter_node))
     (warm, inter_node_warm), (cold, inter_node_cold) = found
+    visitors = self.visitors(cuts.warm_end, self.profile.rows)
+    if capacity:
+      visitors = np.minimum(visitors, capacity)
+    # No device, and no node, asks an owner for more rows than visit it.
+    cold = np.minimum(cold, self.shape.devices * visitors)
+    if inter_node_cold is not None:
+      inter_node_cold = np.minimum(inter_node_cold, self.shape.nodes * visitors)
     return Traffic(
       cuts.hot,
       warm,
@@ -212,6 +239,7 @@ class Problem:
       inter_node_warm,
       inter_node_cold,
       transport.copies,
+      visitors=visitors,
     )
 
   def cost(self, cuts: Cuts):

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from recjax.plan.plan import COLD, HOT, TIERS, WARM, Group, Plan
+from recjax.plan.plan import COLD, FROZEN, HOT, TIERS, WARM, Group, Plan
 from recjax.planner import describe, svg
 from recjax.planner.baselines import Baseline, size
 from recjax.planner.problem import Problem
 
 _HEIGHT, _LEFT, _RIGHT, _BOTTOM = 260, 50, 20, 34  # of a coverage chart
-_COLORS = {HOT: svg.RED, WARM: "#d68910", COLD: "#2471a3"}
+_COLORS = {HOT: svg.RED, WARM: "#d68910", COLD: "#2471a3", FROZEN: "#6c3483"}
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:44em;
 color:#222}h1{font-size:1.4em}h2{font-size:1.1em;margin:1.6em 0 .3em}

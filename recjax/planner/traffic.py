@@ -70,7 +70,7 @@ class Traffic:
 
   hot: Any = 0.0  # replicated
   warm: Any = 0.0  # of the exchange buffer: n C, or g C of a node's copy
-  cold: Any = 0.0  # of the exchange buffer: n C
+  cold: Any = 0.0  # stored: of the exchange buffer of the visitors, n C
   # None where the hot rows' gradients are all-reduced, else the touched hot
   # rows that a device shares with all.
   gathered: Any = None
@@ -80,6 +80,7 @@ class Traffic:
   inter_node_cold: Any = None
   copies: bool = False  # every node has its own copy of the warm rows
   table_wise: TableWise | None = None
+  visitors: Any = 0.0  # V, stored rows of a batch that an owner has room for
 
 
 class Part(NamedTuple):

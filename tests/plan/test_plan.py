@@ -118,7 +118,10 @@ def test_tiers_cover_a_group_in_rank_order(plan):
       assert group.tier(name) is None
       assert group.rows_of(name) == 0
     assert group.hot == group.tier(HOT)
-    assert group.sharded == tuple(t for t in group.tiers if t.name != HOT)
+    assert group.stored == tuple(t for t in group.tiers if t.memory != "device")
+    there = [t for t in group.on_device if t is not group.visitors]
+    assert there == [t for t in group.tiers if t not in group.stored]
+    assert group.sharded == tuple(t for t in group.on_device if t.name != HOT)
     wise = group.tier(WARM) if group.table_wise else None
     assert group.table_wise_tier == wise
     for tier in group.tiers:  # padding rows come last among the warm ones
@@ -164,8 +167,12 @@ def test_tiers_by_hand():
   assert warm.shard_rows == shard_rows(300, 4) == 75
   assert (warm.first, warm.stop, cold.first, cold.stop) == (10, 310, 310, 1_000)
   assert (hot.memory, warm.memory, cold.memory) == ("device", "device", "host")
-  assert (hot.capacity, warm.capacity, cold.capacity) == (0, 5, 7)
-  assert [t.node_capacity for t in group.tiers] == [0, 9, 11]
+  visitors = group.visitors
+  assert group.on_device == (hot, warm, visitors)
+  assert (visitors.first, visitors.owners, visitors.axes) == (310, 8, AXES)
+  assert visitors.shard_rows == cold.shard_rows  # all of them may visit
+  assert (hot.capacity, warm.capacity, visitors.capacity) == (0, 5, 7)
+  assert [t.node_capacity for t in group.on_device] == [0, 9, 11]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from recjax.frequency import Profile
 from recjax.plan.plan import COLD, HOT, TIERS, WARM, Plan
 from recjax.planner import buffer_sizes, presets, transport
 from recjax.planner.describe import describe
+from recjax.schema import AXES
 
 MB = 1 << 20
 
@@ -80,8 +81,8 @@ def row_bytes_of(arguments) -> int:
 
 
 def rows_of(p) -> tuple[int, int, int]:
-  """(hot, warm, cold) rows of the plan's only group."""
-  return tuple(p.groups[0].rows_of(name) for name in TIERS)
+  """(hot, warm, cold) rows of the plan's only group; none are frozen."""
+  return tuple(p.groups[0].rows_of(name) for name in (HOT, WARM, COLD))
 
 
 def held_by_a_device(p) -> int:
@@ -109,13 +110,15 @@ def test_a_plan_is_consistent_and_fits(case, chance):
   assert [t.first for t in group.tiers] == firsts[:-1].tolist()
   assert min(t.rows for t in group.tiers) > 0
 
+  way = transport.of_group(group)
   # Shards hold their rows, padded by little, within the budget.
-  for tier in group.sharded:
+  assert [t.capacity for t in group.stored] == [0] * len(group.stored)
+  for tier in (*group.sharded, *group.stored):
     each = -(-tier.rows // tier.owners)
+    assert tier.owners == n or way.copies
     assert each <= tier.shard_rows <= each * (1 + 1 / 128)
   assert group.hot is None or group.hot.shard_rows == group.hot.rows
   assert held_by_a_device(p) <= fit
-  way = transport.of_group(group)
   assert p.nodes > 1 or way == transport.FLAT
   hot, warm, cold = rows_of(p)
   if cold and warm and not way.copies:  # what fits is used: no more would
@@ -154,6 +157,35 @@ def test_a_plan_is_consistent_and_fits(case, chance):
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
+def test_as_many_visitors_as_any_owner_has(case):
+  """Cyclic in rank: the owner of the first stored row has the most."""
+  profile, arguments = case
+  p = make(profile, **arguments, overflow_probability=1e-3)
+  (group,) = p.groups
+  if not group.stored:
+    assert group.visitors is None
+    return
+  visitors, first = group.visitors, group.stored[0].first
+  v, n = visitors.shard_rows, p.devices
+  assert visitors.first == first and visitors.rows == n * v
+  assert (visitors.owners, visitors.axes) == (n, AXES)
+  assert 1 <= visitors.capacity <= v <= -(-(p.rows - first) // n)
+  touched = buffer_sizes.touch_probability(
+    profile.frequencies()[first:], p.batch_size
+  )
+  of_owner = touched[0::n]
+  enough = buffer_sizes.capacity(
+    of_owner.sum(), 1e-3 / n, (of_owner * (1 - of_owner)).sum()
+  )
+  most = min(len(of_owner), p.batch_size * arguments["lookups"])
+  if arguments["capacity"]:
+    most = min(most, arguments["capacity"])
+  assert v >= min(enough, most)
+  assert p.with_visitors({group.name: v}) == p
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
 def test_more_device_memory_is_never_slower(case):
   profile, arguments = case
   now = make(profile, **arguments, overflow_probability=None)
@@ -172,18 +204,18 @@ def test_planned_capacities_bound_every_owners_mean():
   p = make(profile, overflow_probability=1e-3, **cuts, batch_size=8_000)
   touched = buffer_sizes.touch_probability(profile.frequencies(), 1_000)
   each = 1e-3 / (2 * 8 * 8)  # a tier, device and peer
-  capacity = lambda p, name: p.groups[0].tier(name).capacity
-  assert capacity(p, WARM) == 1
+  capacity = lambda p: p.groups[0].visitors.capacity
+  assert p.groups[0].tier(WARM).capacity == 1
   owners = [touched[4 + k :: 8] for k in range(8)]
   means = [x.sum() for x in owners]
   spreads = [(x * (1 - x)).sum() for x in owners]
   for mean, spread in zip(means, spreads, strict=True):
-    assert capacity(p, COLD) >= buffer_sizes.capacity(mean, each, spread)
+    assert capacity(p) >= buffer_sizes.capacity(mean, each, spread)
   most = buffer_sizes.capacity(max(means) + 1, each)
-  assert capacity(p, COLD) <= most < 1_250
+  assert capacity(p) <= most < 1_250
   assert max(means) > touched[4:].sum() / 8 + 0.2
   loose = make(profile, overflow_probability=0.9, **cuts, batch_size=8_000)
-  assert capacity(loose, COLD) < capacity(p, COLD)
+  assert capacity(loose) < capacity(p)
 
 
 @pytest.mark.parametrize(
