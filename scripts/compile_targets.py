@@ -5,10 +5,12 @@ devices are descriptions: `jax.jit(f).lower(shapes).compile()` works on a mesh
 of them, running does not. `prepare` is for before JAX starts.
 """
 
-import importlib.util
+import importlib.machinery
 import math
 import os
+import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -65,6 +67,9 @@ _NODE_GPUS = 8  # of the planner's dgx_ presets
 TPUS = ("v5e", "v5p", "v6e")  # the planner's presets, tpu_v5e, ...
 CHOICES = f"{', '.join(GPUS)}, or a TPU's slice such as v5e:2x4, v5p:2x2x2"
 
+# Where scripts/test.sh puts the compilers. Beside JAX they would be found by
+# every process, which says aloud that their accelerator is not there.
+COMPILERS = pathlib.Path(sys.prefix) / "compilers"
 _INSTALL = "install recjax[compile]"
 
 
@@ -116,14 +121,13 @@ def parse(name: str, devices: int = 0) -> Target:
 
 def missing(target: Target) -> str:
   """Says what is not installed that the target needs; "" where nothing is."""
-  if not target.gpu:
-    there = importlib.util.find_spec("libtpu") is not None
-    return "" if there else f"libtpu is not here: {_INSTALL}"
-  try:
-    there = importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
-  except ModuleNotFoundError:
-    there = False
-  return "" if there else f"jax-cuda12-plugin is not here: {_INSTALL}"
+  package, name = "libtpu", "libtpu"
+  if target.gpu:
+    package, name = "jax_cuda12_plugin", "jax-cuda12-plugin"
+  places = [*sys.path, str(COMPILERS)]
+  if importlib.machinery.PathFinder.find_spec(package, places):
+    return ""
+  return f"{name} is not here: {_INSTALL}"
 
 
 def environment() -> dict[str, str]:
@@ -151,8 +155,9 @@ def environment() -> dict[str, str]:
 
 
 def prepare() -> None:
-  """Sets this process's `environment`."""
+  """Sets this process's `environment`, and lets it find the compilers."""
   os.environ |= environment()
+  sys.path.append(str(COMPILERS))
 
 
 def devices(target: Target) -> Sequence[Any]:

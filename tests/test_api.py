@@ -184,6 +184,16 @@ def test_a_state_is_used_once(trained):
     run.step(run.state, batch)
 
 
+def test_a_model_of_ones_own_keeps_its_parameters(trained):
+  """Steps donate a state, not what it was made from."""
+  _, config, prepared, plan, _, _ = trained
+  params = {"w": jax.numpy.ones((2, 1))}
+  apply = lambda params, dense, vectors, masks: dense[:, 0] * params["w"][0, 0]
+  run = recjax.build(config, prepared, plan, model=(params, apply))
+  run.step(run.state, next(recjax.batches(config, prepared, run)))
+  np.testing.assert_array_equal(params["w"], 1.0)
+
+
 @pytest.mark.parametrize(
   ("path", "value", "message"),
   [

@@ -89,9 +89,10 @@ def first_state(
   Args:
     spec: the step.
     mesh: of the spec's plan.
-    params: of the dense part.
+    params: of the dense part; copied.
     init_scale, ranks: of the rows; see `tables.init`.
   """
+  params = jax.tree.map(np.array, params)  # steps donate them: a copy
   dense = (np.int32(0), params, spec.dense_optimizer.init(params))
   step, params, opt_state = jax.device_put(dense, replicated(mesh))
   tables = tables_lib.init(spec.embedding, mesh, init_scale, ranks)

@@ -26,6 +26,7 @@ MOST_TEMP = 64e6  # a GPU's products take 33.6 MB (jax 0.10), 4.2 MB (0.12)
 def run(*args):
   """Runs a script of the project in a process of its own."""
   folders = os.pathsep.join(str(ROOT / x) for x in ("", "scripts"))
+  folders += f"{os.pathsep}{compile_targets.COMPILERS}"
   env = os.environ | compile_targets.environment() | {"PYTHONPATH": folders}
   return subprocess.run(
     [sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True
