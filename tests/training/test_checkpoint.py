@@ -29,7 +29,7 @@ from helpers_checkpoint import (
 
 from recjax.plan import positions
 from recjax.plan.plan import Plan
-from recjax.training import checkpoint, checkpoint_reader
+from recjax.training import checkpoint, checkpoint_reader, restore_rows
 from recjax.training.state import state_shardings
 
 # ---- Round trips
@@ -180,7 +180,7 @@ def spied(monkeypatch):
     asked.append((self._group.name, name, at[0], at[-1] + 1, got.nbytes))
     return got
 
-  monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 1 << 16)
+  monkeypatch.setattr(restore_rows, "BLOCK_BYTES", 1 << 16)
   monkeypatch.setattr(checkpoint_reader.StoredGroup, "read", spy)
   return asked
 
@@ -229,11 +229,12 @@ from recjax.embedding import host_store, optimizers, tables
 from recjax.embedding.embedding import make_embedding
 from recjax.mesh import make_mesh, replicated
 from recjax.schema import Feature
-from recjax.training import checkpoint, checksums, visiting
+from recjax.training import checkpoint, checksums, restore_rows
+from recjax.training import stored_checkpoint, visiting
 from recjax.training.state import Identity, Run, StepSpec, TrainState
 
 rows, dim = 1_000_000, 32
-checkpoint._BLOCK_BYTES = 2 << 20
+restore_rows.BLOCK_BYTES = stored_checkpoint.BLOCK_BYTES = 2 << 20
 directory = pathlib.Path(sys.argv[2])
 identity = Identity({}, "", rows)
 
