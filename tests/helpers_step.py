@@ -21,7 +21,7 @@ def big_group(devices, rows, tiers, part: dense.Part, **kw) -> Group:
     "mixed": (64, rows // 2 - 64),
   }[tiers]
   made = part._asdict() | {"rows": rows, "hot": hot, "warm": warm}
-  return helpers.make_group(devices, **made | {"capacity": 8} | kw)
+  return helpers.make_group(devices, **made | {"capacity": 8, "visitors": 8} | kw)
 
 
 def spec_of(case: dense.Case, plan: Plan, **kw):

@@ -248,6 +248,8 @@ def device_bytes(
   buffers: float,
   gathered: float | None = None,
   table_wise: TableWise | None = None,
+  lanes: int = 1,
+  bag: int = 0,
 ) -> dict[str, float]:
   """Bytes of a device's memory for a group, by kind.
 
@@ -259,9 +261,13 @@ def device_bytes(
     gathered: touched hot rows that a device shares with all; None where the
       hot rows' gradients are all-reduced.
     table_wise: what table-wise tables ask, where there are any.
+    lanes: that rows are padded to, where they are worked on.
+    bag: lookups of a sample whose rows are held before they are summed.
   """
-  wide, lookups = 4 * shape.dim, shape.local_lookups
+  lookups, padding = shape.local_lookups, -shape.dim % lanes / shape.dim
+  wide = 4 * shape.dim * (1 + padding)
   size = 2 if shape.compute == "bfloat16" else 4
+  inputs = 4 * shape.dense.inputs * (1 + padding) * (1 + shape.train)
   # All of the tier; else keys, positions and gradients of all devices.
   summed = hot * (wide + 4)
   if gathered is not None:
@@ -288,8 +294,7 @@ def device_bytes(
     # A lookup's keys and positions; the vectors that the model takes, and their
     # gradients; what its layers leave for the backward pass.
     "activations": lookups * 24
-    + shape.local
-    * (4 * shape.dense.inputs * (1 + shape.train) + size * shape.dense.floats),
+    + shape.local * (bag * wide + inputs + size * shape.dense.floats),
     # Parameters, as many slot variables (of Adagrad), and gradients.
     "dense": 4 * shape.dense.params * (3 if shape.train else 1),
   }

@@ -235,3 +235,30 @@ def test_groups_share_the_launch_and_the_latencies_of_requests():
   for bytes_of in (traffic.sent_bytes, traffic.network_bytes):
     each = [bytes_of([part]) for part in parts]
     assert bytes_of(parts) == pytest.approx(traffic.total(each))
+
+
+# ---- Memory
+
+
+def memory(**kw):
+  counts = {"hot": 40.0, "warm_shard": 50.0, "buffers": 0.0} | kw
+  return step_cost.device_bytes(SHAPE, **counts)
+
+
+def test_replicas_gradients_are_a_tier_or_what_all_devices_share():
+  n, row = SHAPE.devices, 4 * SHAPE.dim
+  assert memory()["gradients"] == 40 * (row + 4)
+  assert memory(gathered=3.0)["gradients"] == n * 3 * (24 + row)
+
+
+def test_tiles_pad_what_is_worked_on_and_not_what_is_stored():
+  plain, tiled = memory(gathered=3.0), memory(gathered=3.0, lanes=128)
+  padded = 4 * 128 * -(-SHAPE.dim // 128)
+  assert tiled["gradients"] == SHAPE.devices * 3 * (24 + padded)
+  for kind in ("replicas", "tables", "slot variables", "dense"):
+    assert tiled[kind] == plain[kind]
+
+
+def test_a_bag_of_rows_is_held_by_some():
+  more = memory(bag=7)["activations"] - memory()["activations"]
+  assert more == SHAPE.local * 7 * 4 * SHAPE.dim
