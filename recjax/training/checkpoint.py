@@ -182,10 +182,9 @@ def save(
     "checksums": {k: int(v) for k, v in sums.items()},
     "stored": {"processes": 0, "full": step, "since": 0},
   }
-  items = {
-    "dense": ocp.args.StandardSave(dense),
-    "tables": ocp.args.PyTreeSave(tree, save_args=chunks),
-  }
+  items = {"dense": ocp.args.StandardSave(dense)}
+  if jax.tree.leaves(tree):
+    items["tables"] = ocp.args.PyTreeSave(tree, save_args=chunks)
   if store:
     if store.full and store.full.step not in to.all_steps():
       store.full = None  # somebody has deleted it

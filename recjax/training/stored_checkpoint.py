@@ -167,12 +167,17 @@ class _Tier(NamedTuple):
     """Its arrays by name, without any record."""
     return list(_named(self.stored.block(0, 0)))
 
-  @property
-  def block(self) -> int:
-    """Records that are written at a time: whole local rows."""
+  def block(self, records: int) -> int:
+    """Returns how many records are written at a time, as whole local rows.
+
+    Blocks share `records` evenly: a chunk of zarr is as long on disk as any
+    other, the last one too.
+    """
     sizes = [np.prod(x.shape[1:]) * x.itemsize for _, x in self.shapes]
     m = len(self.stored.owners)
-    return m * max(1, BLOCK_BYTES // (m * int(sum(sizes))))
+    most = max(1, BLOCK_BYTES // (m * int(sum(sizes))))  # local rows
+    local = -(-records // m)
+    return m * -(-local // -(-local // most))
 
 
 def _write_all(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
@@ -180,7 +185,7 @@ def _write_all(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
   stored, k = part.stored, part.stored.owners[0]
   m, n = len(stored.owners), stored.devices
   local = (part.stop - part.first) // m
-  step = min(local, part.block // m)
+  step = part.block(local * m) // m
   arrays = {
     name: _open(
       writer.folder / f"{part.key}.{name}",
@@ -203,15 +208,16 @@ def _write_changed(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
   """Writes a tier's rows that changed, into arrays of this process."""
   wanted, stored = snapshot.wanted, part.stored
   assert wanted is not None
-  count, step = wanted.count(part.first, part.stop), part.block
+  count = wanted.count(part.first, part.stop)
   writer.rows[part.key] = count
   if not count:
     return
+  step = min(count, part.block(count))
   shapes = [(AT, np.zeros(0, np.int32)), *part.shapes]
   arrays = {
     name: _open(
       writer.folder / f"{part.key}.{name}.{jax.process_index()}",
-      ((count, *x.shape[1:]), (min(step, count), *x.shape[1:]), x.dtype),
+      ((count, *x.shape[1:]), (step, *x.shape[1:]), x.dtype),
       True,
     )
     for name, x in shapes
