@@ -1,8 +1,12 @@
 """Stored rows in checkpoints: saved while training goes on, differentially."""
 
 import json
+import os
+import pathlib
 import random
 import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -206,6 +210,67 @@ def test_a_run_without_differential_saves_remembers_nothing(copied):
   saves(copied, run, (6,))
   assert run.store.full is None
   assert run.store.groups["g"].written is None
+
+
+# ---- Killed
+
+# Saves step 1, and then step after step, slowly, while it trains.
+ENDLESS = """
+import pathlib, sys, time
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+from helpers_checkpoint import fresh, save, train
+from recjax.training import checkpoint, stored_checkpoint
+
+put = stored_checkpoint._Writer.put
+def later(self, place, x):
+  time.sleep(0.02)
+  put(self, place, x)
+stored_checkpoint._Writer.put = later
+stored_checkpoint.BLOCK_BYTES = 1 << 17
+run = fresh("mixed", seed=3)
+with checkpoint.manager(pathlib.Path(sys.argv[1]), keep=1) as to:
+  for step in range(1, 1000):
+    run = train(run, step - 1, step)
+    save(to, step, run, full_every=3)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_leaves_a_checkpoint_of_its_step(tmp_path):
+  rng, root = random.Random(0), pathlib.Path(__file__).parents[2]
+  path = os.pathsep.join((str(root), str(root / "tests")))
+  halves, run, done = 0, fresh("mixed", seed=3), 0
+  for last in (2, 3, 5):  # beside a full one, a differential one, both
+    directory = tmp_path / str(last)
+    child = subprocess.Popen(
+      [sys.executable, "-c", ENDLESS, str(directory)],
+      env=os.environ | {"PYTHONPATH": path},
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      text=True,
+    )
+    assert child.stdout is not None
+    for line in child.stdout:
+      if line == f"{last}\n":
+        break
+    time.sleep(rng.random() * 0.3)
+    child.kill()
+    child.communicate()
+    halves += len([p for p in directory.iterdir() if not p.name.isdigit()])
+    step = checkpoint.newest(directory)
+    assert step in (last - 1, last, last + 1)
+    run = train(run, done, step)
+    done = step
+    want = in_rank_order(run)
+    assert_same(in_rank_order(restore(directory, "mixed", step)), want)
+    with checkpoint.manager(directory, keep=1) as to:  # and it goes on
+      save(to, 999, restore(directory, "mixed", step), full_every=3)
+    assert_same(in_rank_order(restore(directory, "mixed", 999))[1], want[1])
+    assert all(p.name.isdigit() for p in directory.iterdir())
+  assert halves > 0
 
 
 # ---- Damage
