@@ -184,6 +184,9 @@ class Checkpoint:
 
   every_steps: int = _number(0, at_least=0)  # 0 = only at the end
   keep: int = _number(2, at_least=1)
+  # Every so many saves one holds all rows of host memory and SSD; the others
+  # hold those that were written since, and need the full one.
+  full_every: int = _number(1, at_least=1)
   step: int = _number(-1, at_least=-1)  # to evaluate; -1 = the newest
 
 

@@ -1,6 +1,7 @@
 """Runs that are saved and restored: groups, plans, states, all as numpy."""
 
 import functools
+import tempfile
 from typing import NamedTuple
 
 import helpers
@@ -61,6 +62,7 @@ PLANS = {
   "8_hot": Cuts(ONE, 8, ((ROWS, ROWS),)),
   "8_other_cuts": Cuts(ONE, 8, ((30, 49_000),)),
   "8_copies": Cuts(ONE, 8, ((1_001, 20_000),), 4),
+  "8_frozen": Cuts(ONE, 8, ((1_001, 20_000),)),
   "4_copies_of_2": Cuts(ONE, 4, ((0, ROWS),), 2),
 }
 # Of three groups: tiers of other sizes, and tiers that others do not have.
@@ -77,6 +79,7 @@ TWO_PLANS = {
   "two_2": Cuts(TWO, 2, ((1_001, 20_000), (0, 901))),
   "two_1_cold": Cuts(TWO, 1, ((0, 0), (0, 0))),
 }
+FROZEN = {"8_frozen": 9_999}  # of the stored rows, on the SSD
 ALL = PLANS | GROUP_PLANS | TWO_PLANS
 
 
@@ -90,7 +93,7 @@ def make_plan(name: str, **of_group) -> Plan:
       "hot_sync": c.hot_sync,
       "node_devices": c.copies,
       "copies": c.copies > 0,
-    } | of_group.get(part.name, {})
+    } | of_group.get(part.name, {"frozen": FROZEN.get(name, 0)})
     made = part._asdict() | {"hot": hot, "warm": end - hot} | more
     groups.append(helpers.make_group(c.devices, **made))
   return Plan(c.devices, BATCH, tuple(groups), c.copies)
@@ -176,6 +179,7 @@ def fresh(plan: Plan | str, seed=7, profile=None, **of_store) -> Run:
   )
   seeded = spec.embedding._replace(groups=groups)
   t = tables.init(seeded, mesh, 0.5, ranks)
+  of_store = {"directory": tempfile.gettempdir()} | of_store
   store = visiting.make_store(spec, mesh, **of_store)
   if store:
     host_store.init(store, seeded, 0.5)
@@ -226,9 +230,9 @@ def sums_of(run: Run):
   return jax.device_get(compiled(plan).checksums(run.state.tables))
 
 
-def save(to, step, run: Run, identity=IDENTITY):
-  about = About(identity, {"next": step}, 11, sums_of(run))
-  checkpoint.save(to, step, run, about)
+def save(to, step, run: Run, full_every=1):
+  about = About(IDENTITY, {"next": step}, 11, sums_of(run))
+  checkpoint.save(to, step, run, about, full_every)
 
 
 def restore(directory, plan, step=SAVED, profile=None) -> Run:

@@ -36,6 +36,7 @@ FIELDS = {  # a run of seconds with all three tiers in use
   "train.batch_size": 256,
   "train.log_every_steps": 10,
   "checkpoint.every_steps": EVERY,
+  "checkpoint.full_every": 3,
   # What else the file that FLAGS start from changes.
   "data.synthetic.exponent": 1.15,
   "embedding.optimizer": "adagrad",

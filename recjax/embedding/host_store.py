@@ -14,9 +14,10 @@ import itertools
 import os
 import pathlib
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from recjax.embedding.coalesce import NONE
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.row_random import initial_rows
+from recjax.embedding.snapshot import Bits, Snapshot
 from recjax.errors import UserError
 from recjax.plan.plan import Tier
 
@@ -69,6 +71,9 @@ class StoredRows:
       for tier, count in zip(stored, counts, strict=True)
     )
     self._views = [jax.tree.map(_as_records, part) for part in self.parts]
+    self._lock = threading.Lock()
+    self._snapshot: Snapshot | None = None
+    self.written: Bits | None = None  # since the last full save; None = unknown
 
   @property
   def records(self) -> int:
@@ -94,6 +99,17 @@ class StoredRows:
     local, k = np.divmod(records, len(self.owners))
     return self.first + local * self.devices + np.asarray(self.owners)[k]
 
+  def records_at(self, positions: np.ndarray) -> np.ndarray:
+    """Returns the records of those positions that this process owns.
+
+    The inverse of `positions`; ascending [m] int64.
+    """
+    local, owner = np.divmod(positions - self.first, self.devices)
+    owners = np.asarray(self.owners)
+    k = np.minimum(np.searchsorted(owners, owner), len(owners) - 1)
+    mine = owners[k] == owner
+    return np.sort(local[mine].astype(np.int64) * len(owners) + k[mine])
+
   def holds_row(self, records: np.ndarray) -> np.ndarray:
     """Returns which records are rows, not padding: [m] bool."""
     return self.positions(records) < self.first + self._last
@@ -110,7 +126,15 @@ class StoredRows:
       )
 
   def write(self, records: np.ndarray, values: TierArrays) -> None:
-    """Sets records, ascending [v], to the first v rows of `values`."""
+    """Sets records, ascending [v], to the first v rows of `values`.
+
+    Waits where a save is under way and has no room for their old values.
+    """
+    if self.written is not None:
+      with self._lock:  # records of two threads may share a byte
+        self.written.add(records)
+    if self._snapshot is not None:
+      self._snapshot.keep(records)
     for part, at, to in self._split(records):
       jax.tree.map(lambda x, y, at=at, to=to: _put(x, at, y[to]), part, values)
 
@@ -141,6 +165,34 @@ class StoredRows:
       for part, s in zip(self.parts, self._starts, strict=False)
     ]
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+  def copy(self, records: np.ndarray) -> TierArrays:
+    """Returns a copy of records, ascending [v]."""
+    first = int(records[0]) if len(records) else 0
+    if not len(records) or records[-1] - first + 1 == len(records):
+      return self.block(first, first + len(records))
+    make = lambda x: np.empty((len(records), *x.shape[1:]), x.dtype)
+    out = jax.tree.map(make, self.parts[0])
+    self.read(records, out)
+    return out
+
+  def snapshot(self, nbytes: int, *, changed: bool, follow: bool) -> Snapshot:
+    """Begins a snapshot; there must be none, and nobody writing.
+
+    Args:
+      nbytes: to put records aside.
+      changed: whether only records written since the last full one are wanted.
+      follow: whether it is a full one, and what is written from now on will be
+        asked for.
+    """
+    wanted = None
+    if changed:
+      assert self.written is not None
+      wanted = self.written.copy()
+    else:
+      self.written = Bits(self.records) if follow else None
+    self._snapshot = Snapshot(self.copy, self.records, nbytes, wanted)
+    return self._snapshot
 
 
 def _as_records(x: np.ndarray) -> np.ndarray:  # [m, ...] -> [m] void
@@ -188,6 +240,14 @@ def _mapped(directory: str) -> Callable[[Any, Any], np.ndarray]:
   return make
 
 
+class FullSave(NamedTuple):
+  """The last full save of a store, to which later ones may refer."""
+
+  directory: str
+  step: int
+  since: int  # later saves that refer to it
+
+
 class HostStore:
   """The stored rows of all groups, and the queue of jobs on them."""
 
@@ -218,6 +278,7 @@ class HostStore:
     self._threads, self._delay = threads, delay
     self._writes: list[Future] = []
     self.version = 0  # counts how often all rows were replaced
+    self.full: FullSave | None = None  # all groups know what was written since
 
   def submit(self, job: Callable[[], Any]) -> Future:
     """Puts a job at the end of the queue; returns the future of its result."""
@@ -245,6 +306,24 @@ class HostStore:
     for f in self._writes:
       f.result()
     self._writes = []
+
+  def snapshot(
+    self, nbytes: int, *, changed: bool, follow: bool
+  ) -> dict[str, Snapshot]:
+    """Begins a snapshot of every group, of what was written so far.
+
+    Args:
+      nbytes: to put records aside, of all groups together.
+      changed, follow: see `StoredRows.snapshot`.
+    """
+    self.flush()
+    total = sum(of.nbytes for of in self.groups.values())
+    return {
+      name: of.snapshot(
+        nbytes * of.nbytes // total, changed=changed, follow=follow
+      )
+      for name, of in self.groups.items()
+    }
 
   def close(self) -> None:
     """Ends the threads, after the jobs that were given."""

@@ -1,15 +1,19 @@
 """Checkpoints: asynchronous, atomic, restored onto any mesh and any plan.
 
-A step's folder holds three Orbax items: `dense` (params, optimizer state),
-`tables` (each tier as the mesh holds it: flattened, rank order) and `meta`
-(what the run was: plan, model, vocabulary, data position, checksums). Tables
-are restored by streaming blocks of ranks from the stored tiers into the new
-ones: beside the new tables that takes the stored hot tiers and some eight
-blocks of `_BLOCK_BYTES` (0.2 GB), whatever the tables' size.
+A step's folder holds four Orbax items: `dense` (params, optimizer state),
+`tables` (each tier in device memory as the mesh holds it: flattened, rank
+order), `stored` (the rows of the host store, stored_checkpoint.py) and `meta`
+(what the run was: plan, model, vocabulary, data position, checksums).
+
+A save needs one more copy of what is in device memory on the host, and of the
+host store, which may be larger than what is free, blocks and the old values of
+rows that are written meanwhile: 0.4 GB and two bits a row at most. A restore
+streams blocks of ranks (restore_rows.py): beside the new tables that takes the
+hot tiers and some eight blocks (0.2 GB), whatever the tables' size, and 4 bytes
+for each row of a differential save.
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
@@ -18,24 +22,23 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
-from recjax import distributed
-from recjax.embedding import tables as tables_lib
-from recjax.embedding.embedding import Embedding, EmbeddingGroup
-from recjax.embedding.host_store import StoredRows
-from recjax.embedding.optimizers import TierArrays
+from recjax.embedding.host_store import FullSave
 from recjax.embedding.tables import Tables
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.mesh import replicated
-from recjax.plan import positions
 from recjax.plan.plan import Plan
-from recjax.training import checkpoint_reader, checksums, stored_checkpoint
-from recjax.training.checkpoint_reader import StoredItem
+from recjax.training import (
+  checkpoint_reader,
+  checksums,
+  restore_rows,
+  stored_checkpoint,
+)
 from recjax.training.state import Identity, Run, TrainState
 
 VERSION = 3  # of what is stored; others are not read
-_BLOCK_BYTES = 16 << 20  # rows streamed at a time while restoring
 _SAVE_SECONDS = 24 * 3600  # for one save, at most
 _LEAST_CHUNK_BYTES = 1 << 20  # of a stored shard
 
@@ -43,26 +46,70 @@ _LEAST_CHUNK_BYTES = 1 << 20  # of a stored shard
 # ---- Save
 
 
+class Saver(ocp.CheckpointManager):
+  """Orbax's manager of a folder; saves are asynchronous and atomic."""
+
+  def __init__(self, directory: pathlib.Path, keep: int, read_only: bool):
+    """Opens the folder; see `manager`."""
+    directory = directory.absolute()
+    # Of each step, the one of the full save that it needs: maybe its own.
+    self.full: dict[int, int] = {}
+    options = ocp.CheckpointManagerOptions(
+      preservation_policy=None if read_only else _Newest(keep, self.full),
+      read_only=read_only,
+      create=not read_only,
+      step_prefix=None,
+      async_options=ocp.AsyncOptions(
+        timeout_secs=_SAVE_SECONDS,
+        # stored_checkpoint.py writes as soon as it is asked to.
+        create_directories_asynchronously=False,
+      ),
+    )
+    super().__init__(
+      directory,
+      options=options,
+      item_names=("dense", "tables", "stored", "meta"),
+    )
+    if not read_only:
+      for step in self.all_steps():
+        self.full[step] = _full_step(directory, step)
+
+
 def manager(
   directory: pathlib.Path, keep: int = 2, read_only: bool = False
-) -> ocp.CheckpointManager:
-  """Orbax's manager of `directory`; saves are asynchronous and atomic."""
-  options = ocp.CheckpointManagerOptions(
-    max_to_keep=None if read_only else keep,
-    read_only=read_only,
-    create=not read_only,
-    step_prefix=None,
-    async_options=ocp.AsyncOptions(
-      timeout_secs=_SAVE_SECONDS,
-      # stored_checkpoint.py begins to write while the others are begun.
-      create_directories_asynchronously=False,
-    ),
-  )
-  return ocp.CheckpointManager(
-    directory.absolute(),
-    options=options,
-    item_names=("dense", "tables", "stored", "meta"),
-  )
+) -> Saver:
+  """Opens a folder of checkpoints.
+
+  Args:
+    directory: of the checkpoints.
+    keep: the newest so many, and the full saves that they need.
+    read_only: whether nothing is saved or deleted.
+  """
+  return Saver(directory, keep, read_only)
+
+
+def _full_step(directory: pathlib.Path, step: int) -> int:
+  """Returns which step's rows a step needs: its own where that is not known."""
+  try:
+    text = (directory / str(step) / "meta" / "metadata").read_text()
+    return int(json.loads(text)["stored"]["full"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return step
+
+
+class _Newest(PreservationPolicy):
+  """Keeps the newest checkpoints, and the full saves that they need."""
+
+  def __init__(self, keep: int, full: dict[int, int]):
+    self._keep, self._full = keep, full
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    """Returns which of the checkpoints, oldest first, are kept."""
+    del context
+    steps = [c.step for c in checkpoints]
+    kept = set(steps[-self._keep :])
+    kept |= {self._full.get(step, step) for step in kept}
+    return [step in kept for step in steps]
 
 
 def _tree(tables: Tables) -> dict[str, Any]:
@@ -86,19 +133,30 @@ class About:
   checksums: dict[str, int]  # of `checksums.make_checksums`
 
 
-def save(to: ocp.CheckpointManager, step: int, run: Run, about: About) -> None:
-  """Starts to save a run's state; returns when it may be donated again.
+def save(
+  to: Saver, step: int, run: Run, about: About, full_every: int = 1
+) -> None:
+  """Starts to save a run's state; returns when training may go on.
 
-  Orbax copies what is in device memory to host memory first: while a save is
-  under way the host holds one more copy of that. Rows of the host store are
-  written by blocks.
+  Waits for the save before it. What a save needs of the host's memory is said
+  above.
+
+  Args:
+    to: the folder.
+    step: that was done.
+    run: with the state after it.
+    about: the rest.
+    full_every: of so many saves one holds all rows of the host store; those
+      between, the rows that were written since.
   """
   to.wait_until_finished()
   state, plan, store = run.state, run.spec.embedding.plan, run.store
   tree = _tree(state.tables)
   # A block is read from every shard at once, in whole chunks; replicas, of any
   # number of rows, are stored in one piece.
-  chunk_bytes = max(_BLOCK_BYTES // plan.devices, _LEAST_CHUNK_BYTES)
+  chunk_bytes = max(
+    restore_rows.BLOCK_BYTES // plan.devices, _LEAST_CHUNK_BYTES
+  )
   chunks = {
     g.name: {
       t.name: jax.tree.map(
@@ -122,18 +180,26 @@ def save(to: ocp.CheckpointManager, step: int, run: Run, about: About) -> None:
     "position": about.position,
     "seed": about.seed,
     "checksums": {k: int(v) for k, v in sums.items()},
-    "stored": {"processes": jax.process_count() if store else 0},
+    "stored": {"processes": 0, "full": step, "since": 0},
   }
-  meta["digest"] = _digest(meta)
-  items = {
-    "dense": ocp.args.StandardSave(dense),
-    "tables": ocp.args.PyTreeSave(tree, save_args=chunks),
-    "meta": ocp.args.JsonSave(meta),
-  }
+  items = {"dense": ocp.args.StandardSave(dense)}
+  if jax.tree.leaves(tree):
+    items["tables"] = ocp.args.PyTreeSave(tree, save_args=chunks)
   if store:
-    store.flush()
-    items["stored"] = stored_checkpoint.make_save(store)
-  to.save(step, args=ocp.args.Composite(**items))
+    if store.full and store.full.step not in to.all_steps():
+      store.full = None  # somebody has deleted it
+    items["stored"], meta["stored"] = stored_checkpoint.make_save(
+      store, str(to.directory), step, full_every
+    )
+  to.full[step] = meta["stored"]["full"]
+  meta["digest"] = _digest(meta)
+  try:
+    items["meta"] = ocp.args.JsonSave(meta)
+    to.save(step, args=ocp.args.Composite(**items))
+  except BaseException:
+    if store:
+      items["stored"].close()
+    raise
 
 
 def _digest(meta: dict) -> str:
@@ -247,7 +313,13 @@ def restore(
     found, want = checksums.of_dense(dense), meta["checksums"]["dense"]
     if int(found) != want:
       raise ValueError(f"its dense part's checksum is {found}, not {want}")
-    tables = _restore_rows(folder, meta, run, profile)
+    full = _full_meta(directory, step, meta)
+    items = restore_rows.open_items(folder, meta, full)
+    into = restore_rows.Into(
+      run.spec.embedding, run.mesh, run.state.tables, run.store
+    )
+    tables = restore_rows.restore(items, meta, into, profile)
+    _go_on(directory, meta, run, items)
   except Exception as e:
     raise _damaged(directory, step, e) from e
   count = jax.device_put(np.int32(step), replicated(run.mesh))
@@ -265,101 +337,29 @@ def _restore_dense(directory: pathlib.Path, step: int, state: TrainState):
     return m.restore(step, args=args)["dense"]
 
 
-def _restore_rows(
-  folder: pathlib.Path, meta: dict, run: Run, profile: Profile | None
-) -> Tables:
-  """Streams the rows into the run's tables and host store, and checks them."""
-  plan, embedding = Plan.from_json(meta["plan"]), run.spec.embedding
-  now, then = {}, {}
-  if profile is not None:
-    now = positions.of_groups(embedding.plan, profile)
-    then = positions.of_groups(plan, profile)
-  stored, processes = None, meta["stored"]["processes"]
-  if processes:
-    stored = StoredItem(folder / "stored", processes)
-  items = checkpoint_reader.Items(folder / "tables", stored)
-  found = {
-    g.name: checkpoint_reader.StoredGroup(
-      items, plan.group(g.name), ["rows", *g.optimizer.slots]
+def _full_meta(directory: pathlib.Path, step: int, meta: dict) -> dict | None:
+  """Returns the `meta` of the full save that a step needs beside its own."""
+  full = meta["stored"]["full"]
+  if full == step:
+    return None
+  try:
+    found = read_meta(directory, full)
+  except UserError as e:
+    raise ValueError(f"it needs checkpoint {full}, but {e}") from e
+  if found["stored"]["full"] != full:
+    raise ValueError(f"it needs checkpoint {full}, which is not a full one")
+  return found
+
+
+def _go_on(directory: pathlib.Path, meta: dict, run: Run, items) -> None:
+  """Lets the next saves refer to the full one that was restored."""
+  plan, about = Plan.from_json(meta["plan"]), meta["stored"]
+  layout_of = restore_rows.layout_of
+  if run.store is None:
+    return
+  run.store.full = None
+  if layout_of(run.spec.embedding.plan) == layout_of(plan):
+    restore_rows.follow(run.store, items, plan)
+    run.store.full = FullSave(
+      str(directory.absolute()), about["full"], about["since"]
     )
-    for g in embedding.groups
-  }
-
-  def rows(group: str, at: np.ndarray) -> TierArrays:  # positions now [m]
-    if group in now:
-      a, b = int(at[0]), int(at[-1]) + 1
-      at = now[group].ranks_of(a, b)[at - a]
-    at = then[group].positions_of(at) if group in then else at
-    read = functools.partial(found[group].read, at=at)
-    return TierArrays(
-      read("rows"), {k: read(k) for k in found[group].names if k != "rows"}
-    )
-
-  tables = tables_lib.fill(
-    run.state.tables,
-    embedding,
-    run.mesh,
-    block_rows(embedding),
-    lambda group, first, stop: rows(group, np.arange(first, stop)),
-  )
-  everywhere = _sums(found)
-  if run.store:
-    run.store.flush()
-    for g in embedding.visited:
-      _restore_stored(run.store.groups[g.name], _row_bytes(g), rows)
-    run.store.version += 1
-  _check_sums(found, everywhere, meta)
-  return tables
-
-
-def _restore_stored(stored: StoredRows, width: int, rows) -> None:
-  """Streams this process's rows of a group into its host store.
-
-  Args:
-    stored: of the group.
-    width: bytes of a row with its slot variables.
-    rows: (group, positions) -> their values.
-  """
-  step = max(1, _BLOCK_BYTES // width)
-  for first in range(0, stored.records, step):
-    records = np.arange(first, min(first + step, stored.records))
-    records = records[stored.holds_row(records)]
-    if len(records):
-      stored.write(records, rows(stored.name, stored.positions(records)))
-
-
-def _sums(found: dict[str, checkpoint_reader.StoredGroup]) -> dict[str, int]:
-  return {k: v for of in found.values() for k, v in of.sums().items()}
-
-
-def _check_sums(found, everywhere: dict[str, int], meta: dict) -> None:
-  """Raises ValueError where an array is not what was written.
-
-  Args:
-    found: what read the rows of each group.
-    everywhere: sums of what all processes read, whatever their owners.
-    meta: of the checkpoint.
-  """
-  want = {}
-  for of in found.values():
-    want |= of.wanted(meta["checksums"])
-  got = _sums(found)
-  mine = [got.get(k, 0) - everywhere.get(k, 0) for k in want]
-  totals = distributed.sum_over_processes(np.array(mine, np.int64) & 0xFFFFFFFF)
-  for key, total in zip(want, totals.tolist(), strict=True):
-    total = (everywhere.get(key, 0) + total) & 0xFFFFFFFF
-    if total != want[key]:
-      raise ValueError(
-        f"the checksum of {key} is {total}, {want[key]} was written"
-      )
-
-
-def block_rows(embedding: Embedding) -> int:
-  """Returns how many rows are read and written at a time, about."""
-  return max(1, _BLOCK_BYTES // max(map(_row_bytes, embedding.groups)))
-
-
-def _row_bytes(g: EmbeddingGroup) -> int:
-  """Returns the bytes of a row with its slot variables, in float32."""
-  wide = (True, *g.optimizer.slots.values())
-  return sum(4 * (g.dim if w else 1) for w in wide)

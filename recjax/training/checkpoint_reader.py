@@ -2,12 +2,15 @@
 
 import json
 import pathlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from recjax.plan.plan import Group, Tier
+
+AT = "at"  # name of the array of changed rows' places in their tier
 
 
 def _open(path: pathlib.Path, name: str) -> ts.TensorStore:
@@ -45,12 +48,20 @@ def sum_of_words(x: np.ndarray) -> int:
   return int(words.sum(dtype=np.uint64)) & 0xFFFFFFFF
 
 
-def _part(path: pathlib.Path) -> dict[str, int]:
-  """Reads the checksums of what a process has written."""
+class _Part(NamedTuple):
+  """What a process says of its part of an item."""
+
+  sums: dict[str, int]
+  rows: dict[str, int]  # of each tier, those that changed
+
+
+def _part(path: pathlib.Path) -> _Part:
   try:
-    return {k: int(v) for k, v in json.loads(path.read_text())["sums"].items()}
+    found = json.loads(path.read_text())
+    whole = lambda x: {str(k): int(v) for k, v in x.items()}
+    return _Part(whole(found["sums"]), whole(found["rows"]))
   except (ValueError, TypeError, KeyError, AttributeError) as e:
-    raise ValueError(f"{path} is not what was written ({e})") from e
+    raise ValueError(f"{path} is not what was written ({e!r})") from e
 
 
 class StoredItem:
@@ -63,18 +74,62 @@ class StoredItem:
       OSError, ValueError: a part is missing or damaged.
     """
     self.path = path
-    self._parts = [_part(path / f"part.{i}.json") for i in range(processes)]
+    self.parts = [_part(path / f"part.{i}.json") for i in range(processes)]
 
   def sum_of(self, array: str) -> int:
     """Returns the checksum of an array, "group.tier.name"."""
-    return sum(p[array] for p in self._parts) & 0xFFFFFFFF
+    return sum(p.sums.get(array, 0) for p in self.parts) & 0xFFFFFFFF
 
 
 class Items(NamedTuple):
   """The items of a checkpoint that hold rows."""
 
   tables: pathlib.Path  # Orbax's, of the tiers in device memory
-  stored: StoredItem | None  # None where no rows are stored
+  stored: StoredItem | None  # of a full save; None where no rows are stored
+  changed: StoredItem | None  # of a differential save: rows written since
+
+
+class Changed(NamedTuple):
+  """The rows of a tier that a process has found changed."""
+
+  at: np.ndarray  # [k] int32: where in the tier, ascending
+  arrays: dict[str, ts.TensorStore]  # [k, ...]
+
+
+def changed(
+  item: StoredItem, group: Group, tier: Tier, names: Sequence[str] = ()
+) -> Iterator[Changed]:
+  """Opens what each process that wrote an item found changed of a tier.
+
+  Args:
+    item: of a differential save.
+    group, tier: as they were stored.
+    names: of the arrays to open.
+
+  Raises:
+    ValueError: something is missing or damaged.
+  """
+  key = f"{group.name}.{tier.name}"
+  for i, part in enumerate(item.parts):
+    count = part.rows.get(key)
+    if count is None:
+      raise ValueError(f"{item.path} says nothing of {key} in its part {i}")
+    if count:
+      name = f"{key}.{AT}.{i}"
+      at = _open_stored(item.path, name).read().result()
+      if len(at) != count or sum_of_words(at) != part.sums.get(f"{key}.{AT}"):
+        raise ValueError(f"{item.path / name} is not what was written")
+      yield Changed(
+        at, {x: _open_stored(item.path, f"{key}.{x}.{i}") for x in names}
+      )
+
+
+def _take(x: ts.TensorStore, index: np.ndarray) -> np.ndarray:
+  """Returns x[index], of an index [m] that is mostly neighbours."""
+  lo, hi = int(index.min()), int(index.max()) + 1
+  if 2 * len(index) > hi - lo:
+    return x[lo:hi].read().result()[index - lo]
+  return x[index].read().result()
 
 
 class StoredGroup:
@@ -94,6 +149,11 @@ class StoredGroup:
       (tier.name, name): self._array(tier, name)
       for tier in group.tiers
       for name in names
+    }
+    self._changed = {
+      tier.name: list(changed(items.changed, group, tier, names))
+      for tier in group.stored
+      if items.changed is not None
     }
 
   def _key(self, tier: Tier, name: str) -> str:
@@ -131,13 +191,24 @@ class StoredGroup:
     part = self._values(tier, self._arrays[tier.name, name], index)
     stored = tier in self._group.stored
     key = self._key(tier, name) if stored else f"{self._group.name}.{name}"
-    self._sums[key] = self._sums.get(key, 0) + sum_of_words(part)
+    self._add(key, part)
+    for change in self._changed.get(tier.name, ()):
+      at = np.searchsorted(change.at, index)
+      at = np.minimum(at, len(change.at) - 1)
+      hit = np.flatnonzero(change.at[at] == index)
+      if len(hit):
+        values = _take(change.arrays[name], at[hit])
+        self._add(f"{key} (changed)", values)
+        part[hit] = values
     return part
 
+  def _add(self, key: str, values: np.ndarray) -> None:
+    self._sums[key] = self._sums.get(key, 0) + sum_of_words(values)
+
   def _values(self, tier: Tier, x, index: np.ndarray) -> np.ndarray:
-    n = tier.owners
     if not tier.axes:
       return x[index]
+    n = x.shape[1]  # of a full save, which may have had other owners
     local, owner = np.divmod(index, n)
     a, b = int(local[0]), int(local[-1]) + 1
     lo, hi = int(owner.min()), int(owner.max()) + 1
@@ -155,7 +226,7 @@ class StoredGroup:
     """Returns the wrapping sums of the words of all that was read.
 
     By "group.array" of the tiers in device memory together, and by
-    "group.tier.array" of each stored one.
+    "group.tier.array" of each stored one, those that changed apart.
     """
     return {k: v & 0xFFFFFFFF for k, v in self._sums.items()}
 
@@ -170,4 +241,6 @@ class StoredGroup:
         key = self._key(tier, name)
         assert self._items.stored is not None
         want[key] = self._items.stored.sum_of(key)
+        if self._items.changed is not None:
+          want[f"{key} (changed)"] = self._items.changed.sum_of(key)
     return want

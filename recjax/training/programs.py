@@ -11,7 +11,7 @@ from recjax.embedding import tables as tables_lib
 from recjax.embedding.optimizers import TierArrays
 from recjax.mesh import replicated
 from recjax.schema import AXES
-from recjax.training import checkpoint, checksums
+from recjax.training import checksums, restore_rows
 from recjax.training.state import StepSpec
 from recjax.training.step import (
   batch_shapes,
@@ -86,7 +86,7 @@ def _lower_writers(
   spec: StepSpec, mesh: Mesh, tables: tables_lib.Tables
 ) -> Iterator[Program]:
   """Lowers what a restore writes blocks with, tier by tier."""
-  rows = checkpoint.block_rows(spec.embedding)
+  rows = restore_rows.block_rows(spec.embedding)
   for g in spec.embedding.groups:
     for tier in g.group.resident:
       arrays: TierArrays = tables[g.name][tier.name]

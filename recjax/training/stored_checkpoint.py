@@ -1,30 +1,39 @@
 """The stored rows of a checkpoint: every process writes its own, by blocks.
 
-The item `stored` of a step's folder holds cold and frozen rows. Each of a
-tier's arrays is an array of zarr `GROUP.TIER.ARRAY/` [local rows, n, d] in rank
-order, not compressed, whose chunks hold rows of one process's owners: no
-process writes into another's files. `part.P.json` holds the checksums of what
-process P has written.
+The item `stored` of a step's folder holds cold and frozen rows. Of a full save,
+each of a tier's arrays is an array of zarr `GROUP.TIER.ARRAY/` [local rows, n,
+d] in rank order, not compressed, whose chunks hold rows of one process's
+owners: no process writes into another's files. A differential save holds the
+rows that were written since the last full one, which it needs to be restored:
+`GROUP.TIER.ARRAY.P/` [k, d] of process P, and their places in the tier
+`GROUP.TIER.at.P/` [k] int32. `part.P.json` has the checksums of what process P
+has written, and its numbers of rows k.
+
+The store is written while training goes on, from a snapshot of it
+(embedding/snapshot.py).
 """
 
 import collections
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from recjax.embedding.host_store import HostStore, StoredRows
+from recjax.embedding.host_store import FullSave, HostStore, StoredRows
+from recjax.embedding.snapshot import Snapshot
+from recjax.errors import UserError
 from recjax.plan.plan import Tier
-from recjax.training.checkpoint_reader import sum_of_words
+from recjax.training.checkpoint_reader import AT, sum_of_words
 
 BLOCK_BYTES = 16 << 20  # rows and slot variables that are written at a time
+ASIDE_BYTES = 256 << 20  # old values of rows that were written meanwhile
 _IN_FLIGHT = 4  # blocks
 
 
@@ -52,9 +61,36 @@ class StoredHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(StoredHandler, for_save=True)
 @dataclasses.dataclass
 class StoredSave(ocp.args.CheckpointArgs):
-  """What `StoredHandler` saves."""
+  """What `StoredHandler` saves: a store, as its snapshots have it."""
 
-  begin: Callable[[pathlib.Path], Future]  # to write into a folder
+  store: HostStore
+  snapshots: dict[str, Snapshot]
+  of: str  # which checkpoint, in words
+
+  def begin(self, folder: pathlib.Path) -> Future:
+    """Starts to write into a folder; returns the future of the end."""
+
+    def run():
+      try:
+        write(folder, self.store, self.snapshots)
+      except Exception as e:
+        line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise UserError(
+          f"{self.of} cannot be saved: {line[:300]}. Make room there, and "
+          "start again: the run goes on from the checkpoint before"
+        ) from e
+      finally:
+        self.close()
+
+    threads = ThreadPoolExecutor(1, "recjax-save")
+    future = threads.submit(run)
+    threads.shutdown(wait=False)
+    return future
+
+  def close(self) -> None:
+    """Ends the snapshots, whatever was written."""
+    for snapshot in self.snapshots.values():
+      snapshot.close()
 
 
 @ocp.args.register_with_handler(StoredHandler, for_restore=True)
@@ -66,53 +102,134 @@ class StoredRestore(ocp.args.CheckpointArgs):
 # ---- Writing
 
 
-def make_save(store: HostStore) -> StoredSave:
-  """Returns what writes the store's rows, while nothing else writes them."""
+def make_save(
+  store: HostStore, directory: str, step: int, every: int
+) -> tuple[StoredSave, dict]:
+  """Takes a snapshot of the store, and returns what writes it.
 
-  def begin(folder: pathlib.Path) -> Future:
-    write(folder, store)
-    done: Future = Future()
-    done.set_result(None)
-    return done
+  Training may go on at once. While the save is under way this process holds,
+  beside its stored rows, `ASIDE_BYTES` of old values at most, some blocks and
+  two bits a row; where that is not enough, whoever writes into the store waits.
 
-  return StoredSave(begin)
+  Args:
+    store: to save; what was given to it to write is waited for.
+    directory: of the checkpoints.
+    step: whose state it holds.
+    every: how many saves there are for each full one; the others hold the rows
+      written since it alone.
+
+  Returns:
+    (the item, what `meta` must say of it).
+  """
+  full = store.full
+  if full and full.directory == directory and full.since + 1 < every:
+    full = full._replace(since=full.since + 1)
+  else:
+    full = FullSave(directory, step, 0)
+  changed = full.step != step
+  snapshots = store.snapshot(ASIDE_BYTES, changed=changed, follow=every > 1)
+  store.full = full if every > 1 else None
+  about = {
+    "processes": jax.process_count(),
+    "full": full.step,
+    "since": full.since,
+  }
+  name = f"checkpoint {step} in {directory}"
+  return StoredSave(store, snapshots, name), about
 
 
-def write(folder: pathlib.Path, store: HostStore) -> None:
+def write(
+  folder: pathlib.Path, store: HostStore, snapshots: dict[str, Snapshot]
+) -> None:
   """Writes this process's rows of all groups, and their checksums."""
   writer = _Writer(folder)
   for name, stored in store.groups.items():
-    for tier, first, _ in stored.tiers():
-      _write_tier(writer, f"{name}.{tier.name}", stored, tier, first)
+    for tier, first, stop in stored.tiers():
+      part = _Tier(f"{name}.{tier.name}", tier, stored, first, stop)
+      if snapshots[name].wanted is None:
+        _write_all(writer, part, snapshots[name])
+      else:
+        _write_changed(writer, part, snapshots[name])
   writer.finish()
 
 
-def _write_tier(
-  writer: "_Writer", key: str, stored: StoredRows, tier: Tier, first: int
-) -> None:
-  """Writes a tier's rows, whose first record is `first`."""
-  part = stored.block(first, first)  # of no rows, to know shapes and dtypes
+class _Tier(NamedTuple):
+  """A tier's records [first, stop) of a group's stored rows."""
+
+  key: str  # group.tier
+  tier: Tier
+  stored: StoredRows
+  first: int
+  stop: int
+
+  @property
+  def shapes(self) -> list[tuple[str, np.ndarray]]:
+    """Its arrays by name, without any record."""
+    return list(_named(self.stored.block(0, 0)))
+
+  def block(self, records: int) -> int:
+    """Returns how many records are written at a time, as whole local rows.
+
+    Blocks share `records` evenly: a chunk of zarr is as long on disk as any
+    other, the last one too.
+    """
+    sizes = [np.prod(x.shape[1:]) * x.itemsize for _, x in self.shapes]
+    m = len(self.stored.owners)
+    most = max(1, BLOCK_BYTES // (m * int(sum(sizes))))  # local rows
+    local = -(-records // m)
+    return m * -(-local // -(-local // most))
+
+
+def _write_all(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
+  """Writes all rows of a tier into its arrays, which processes share."""
+  stored, k = part.stored, part.stored.owners[0]
   m, n = len(stored.owners), stored.devices
-  local = -(-tier.rows // n)
-  step = min(local, max(1, BLOCK_BYTES // (_width(part) * m)))
+  local = (part.stop - part.first) // m
+  step = part.block(local * m) // m
   arrays = {
     name: _open(
-      writer.folder / f"{key}.{name}",
+      writer.folder / f"{part.key}.{name}",
       ((local, n, *x.shape[1:]), (step, m, *x.shape[1:]), x.dtype),
-      once=True,
+      jax.process_index() == 0,
     )
-    for name, x in _named(part)
+    for name, x in part.shapes
   }
-  k = stored.owners[0]
   for at in range(0, local, step):
     rows = min(step, local - at)
-    a = first + at * m
-    block = stored.block(a, a + rows * m)
-    held = stored.holds_row(np.arange(a, a + rows * m))
-    for name, x in _named(block):
-      writer.add(f"{key}.{name}", x if held.all() else x[held])
+    records = np.arange(rows * m) + part.first + at * m
+    held = stored.holds_row(records)
+    for name, x in _named(snapshot.read(records)):
+      writer.add(f"{part.key}.{name}", x if held.all() else x[held])
       place = arrays[name][at : at + rows, k : k + m]
       writer.put(place, x.reshape(rows, m, *x.shape[1:]))
+
+
+def _write_changed(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
+  """Writes a tier's rows that changed, into arrays of this process."""
+  wanted, stored = snapshot.wanted, part.stored
+  assert wanted is not None
+  count = wanted.count(part.first, part.stop)
+  writer.rows[part.key] = count
+  if not count:
+    return
+  step = min(count, part.block(count))
+  shapes = [(AT, np.zeros(0, np.int32)), *part.shapes]
+  arrays = {
+    name: _open(
+      writer.folder / f"{part.key}.{name}.{jax.process_index()}",
+      ((count, *x.shape[1:]), (step, *x.shape[1:]), x.dtype),
+      True,
+    )
+    for name, x in shapes
+  }
+  done = 0
+  for records in wanted.batches(part.first, part.stop, step):
+    at = stored.positions(records) - part.tier.first
+    values = {AT: at.astype(np.int32)} | dict(_named(snapshot.read(records)))
+    for name, x in values.items():
+      writer.add(f"{part.key}.{name}", x)
+      writer.put(arrays[name][done : done + len(x)], x)
+    done += len(records)
 
 
 def _named(arrays) -> Iterator[tuple[str, np.ndarray]]:
@@ -120,17 +237,10 @@ def _named(arrays) -> Iterator[tuple[str, np.ndarray]]:
   yield from arrays.slots.items()
 
 
-def _width(arrays) -> int:
-  """Returns the bytes of a record."""
-  return sum(
-    x.dtype.itemsize * int(np.prod(x.shape[1:])) for _, x in _named(arrays)
-  )
+def _open(path: pathlib.Path, metadata, make: bool) -> ts.TensorStore:
+  """Makes an array to write, or opens one that another process makes.
 
-
-def _open(path: pathlib.Path, metadata, once: bool) -> ts.TensorStore:
-  """Opens an array to write; metadata: (shape, chunk, dtype).
-
-  Where all processes write into it (once), the first makes it.
+  metadata: (shape, chunk, dtype).
   """
   shape, chunk, dtype = metadata
   spec = {
@@ -139,7 +249,6 @@ def _open(path: pathlib.Path, metadata, once: bool) -> ts.TensorStore:
     "metadata": {"shape": shape, "chunks": chunk, "compressor": None},
     "store_data_equal_to_fill_value": True,
   }
-  make = not once or jax.process_index() == 0
   return ts.open(
     spec,
     dtype=ts.dtype(dtype.name),
@@ -154,6 +263,7 @@ class _Writer:
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
+    self.rows: dict[str, int] = {}  # that changed, of a tier
     self._sums: dict[str, int] = {}
     self._pending: collections.deque = collections.deque()
 
@@ -173,4 +283,4 @@ class _Writer:
     for future, _ in self._pending:
       future.result()
     part = self.folder / f"part.{jax.process_index()}.json"
-    part.write_text(json.dumps({"sums": self._sums}))
+    part.write_text(json.dumps({"sums": self._sums, "rows": self.rows}))

@@ -54,7 +54,8 @@ def train(
     def save(step, position):
       sums = jax.device_get(sums_of(state.tables))
       about = About(run.identity, position, config.seed, sums)
-      checkpoint.save(saver, step, run._replace(state=state), about)
+      now, every = run._replace(state=state), config.checkpoint.full_every
+      checkpoint.save(saver, step, now, about, every)
 
     expected = plan.prediction.distinct_rows
     log = step_log.StepLog(

@@ -40,6 +40,7 @@ def small_config(tmp_path) -> config_lib.Config:
   c.train.batch_size = 256
   c.train.log_every_steps = 10
   c.checkpoint.every_steps = 20
+  c.checkpoint.full_every = 2
   return c
 
 
@@ -162,6 +163,7 @@ FLAGS = (
   "--config.train.batch_size=256",
   "--config.train.log_every_steps=5",
   "--config.checkpoint.every_steps=10",
+  "--config.checkpoint.full_every=3",
 )
 MOMENTS = (  # the beginning of a line, and seconds after it
   ("synthetic: ", 0.1),
