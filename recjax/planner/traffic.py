@@ -81,6 +81,7 @@ class Traffic:
   copies: bool = False  # every node has its own copy of the warm rows
   table_wise: TableWise | None = None
   visitors: Any = 0.0  # V, stored rows of a batch that an owner has room for
+  pages: Any = 0.0  # of frozen rows that an owner's host reads
 
 
 class Part(NamedTuple):
@@ -95,7 +96,7 @@ class Owned(NamedTuple):
 
   read_warm: Any
   updated_warm: Any
-  cold: Any  # read and updated
+  cold: Any  # read and updated, among the visitors
 
 
 def owned(part: Part) -> Owned:
@@ -195,6 +196,9 @@ def network_bytes(parts: Sequence[Part]) -> Bytes:
 def sent_bytes(parts: Sequence[Part]) -> Bytes:
   """Bytes that a device sends in a step for its rows, over links and to hosts.
 
+  To and from its host, in "host": stored rows with their slot variables once
+  each way, and the index that says where a visitor was in the batch before.
+
   Returns:
     {"ids", "rows", "gradients", "hot gradients", "host"} and, where tables are
     table-wise, {"table-wise ids", "table-wise vectors", "table-wise
@@ -212,10 +216,9 @@ def sent_bytes(parts: Sequence[Part]) -> Bytes:
       rows = traffic.gathered
       shared = communication.gathered_bytes(rows, shape.wire_bytes, n)[1]
     sent = _sent(part, share) | {"hot gradients": train * shared}
-    # The optimizer runs on the host: the row up; its gradient and row number
-    # down.
-    row = 8 + shape.row_bytes + train * (8 + 4 * shape.dim)
-    sent["host"] = owned(part).cold * row
+    row = shape.stored_bytes
+    back = train * (row + communication.ID_BYTES)
+    sent["host"] = traffic.visitors * (row + back)
     return sent | _table_wise_sent(part, share["all"])
 
   return total(map(one, parts))
