@@ -12,7 +12,6 @@ Each function does one step and returns a value for the next:
     recjax.evaluate(run, prepared)
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
-from jax.sharding import PartitionSpec
 
 from recjax import config_check, jobs
 from recjax.config import Config
@@ -29,15 +27,12 @@ from recjax.data import prepare as prepare_lib
 from recjax.data import vocabulary
 from recjax.data.columns import from_columns
 from recjax.data.prepared import Prepared
-from recjax.embedding import lookup, optimizers
-from recjax.embedding import tables as tables_lib
-from recjax.embedding.embedding import make_embedding
 from recjax.errors import UserError
 from recjax.mesh import batch_sharding
 from recjax.plan import positions
 from recjax.plan.plan import Plan
-from recjax.schema import AXES, Feature
-from recjax.training import checkpoint, inputs
+from recjax.schema import Feature
+from recjax.training import checkpoint, inputs, visiting
 from recjax.training import evaluate as evaluate_lib
 from recjax.training import train as train_lib
 from recjax.training.build import build
@@ -133,15 +128,14 @@ def batches(
 
   Yields:
     label [B] float32, dense [B, D] float32, ids [B, S] int32 and maybe weights
-    [B, S] float32, on the run's mesh: what `run.step` takes.
+    [B, S] float32 and the ids' route, on the run's mesh: what `run.step` takes.
+    A batch without its route works too.
   """
   steps, _ = inputs.run_length(config, prepared)
   first = int(run.state.step)
   data = inputs.training_batches(config, prepared, run, first)
-  for _ in range(first, steps):
-    batch = next(data)
-    batch.pop("mask")
-    yield inputs.to_devices(batch, run.mesh)
+  for batch, _ in inputs.fed(data, run, steps - first):
+    yield batch
 
 
 def train(
@@ -205,7 +199,8 @@ def predict(run: Run, batch: Mapping[str, jax.Array]) -> np.ndarray:
   """
   zeros = jnp.zeros(batch["ids"].shape[0], jnp.float32)
   zeros = jax.device_put(zeros, batch_sharding(run.mesh))
-  wanted = {k: batch[k] for k in ("dense", "ids", "weights") if k in batch}
+  keys = ("dense", "ids", "weights", "visit")
+  wanted = {k: batch[k] for k in keys if k in batch}
   logits, *_ = run.forward(run.state, wanted | {"label": zeros, "mask": zeros})
   return np.asarray(jax.nn.sigmoid(logits))
 
@@ -232,28 +227,8 @@ def rows(
       f"{', '.join(prepared.schema.tables)}"
     )
   at = _positions(run, prepared, table, ids)
-  plan = run.spec.embedding.plan
-  group = next(g for g in plan.groups if table in g.tables)
-  reader = make_embedding(
-    dataclasses.replace(plan, groups=(group,)),
-    (Feature("rows", table, len(at), "none"),),
-    {group.name: optimizers.sgd(0.0)},
-  )
-  tiers = run.state.tables[group.name]
-  tables = {
-    group.name: {t: arrays._replace(slots={}) for t, arrays in tiers.items()}
-  }
-  forward = jax.shard_map(
-    lambda tables, ids: lookup.forward(reader, tables, {"ids": ids})[0],
-    mesh=run.mesh,
-    in_specs=(tables_lib.specs(reader), PartitionSpec(AXES)),
-    out_specs=PartitionSpec(AXES),
-    check_vma=False,
-  )
-  batch = np.full((plan.devices, len(at)), -1, np.int32)
-  batch[0] = at  # the first device asks, the others for nothing
-  batch = jax.device_put(batch, batch_sharding(run.mesh))
-  return np.asarray(jax.jit(forward)(tables, batch)["rows"][0])
+  group = next(g for g in run.spec.embedding.plan.groups if table in g.tables)
+  return visiting.read_rows(run, group, at)
 
 
 def _positions(run, prepared: Prepared, table: str, ids) -> np.ndarray:

@@ -75,6 +75,9 @@ class Data:
   block_samples: int = _number(8_192, at_least=1)  # packed in an example
   # Blocks whose samples are shuffled together.
   shuffle_blocks: int = _number(16, at_least=1)
+  # Where a batch's lookups are sorted: on the host ahead of the step, or on the
+  # device in it; auto = on the host where devices are CPUs.
+  route: str = _choice("auto", "host", "device")
   # For counting and remapping, in MiB; the rest spills to disk.
   memory_mb: int = _number(4_096, at_least=128)
   synthetic: Synthetic = _tree(Synthetic)

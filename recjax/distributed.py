@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed as _jax_distributed  # no public name has these
+from jax.experimental import multihost_utils
 
 from recjax.errors import UserError
 
@@ -218,6 +220,14 @@ def machines() -> int:
       for i in range(state.num_processes)
     }
   )
+
+
+def sum_over_processes(words: np.ndarray) -> np.ndarray:
+  """Returns the wrapping sums of uint32 words [m] over all processes."""
+  if jax.process_count() == 1:
+    return words.astype(np.uint32)
+  words = multihost_utils.process_allgather(words.astype(np.uint32))
+  return words.sum(0, dtype=np.uint32)
 
 
 def first_alone(make: Callable[[], T]) -> T:

@@ -68,7 +68,7 @@ def plan(
     The plan, the same on all processes, and what draws its page again, with
     what a run has measured by then.
   """
-  rows = _table_rows(config, prepared)
+  rows = table_rows(config, prepared)
   groups = build_lib.table_groups(config, rows)
   slot_bytes = tuple(optimizers.slot_bytes(g.optimizer, g.dim) for g in groups)
   devices = config.mesh.devices or jax.device_count()
@@ -107,7 +107,7 @@ def plan(
   return found, made[0][1] if made else lambda: None
 
 
-def _table_rows(config: Config, prepared: Prepared | None) -> Mapping[str, int]:
+def table_rows(config: Config, prepared: Prepared | None) -> Mapping[str, int]:
   """Returns each table's rows: counted, or as data.rows has them."""
   if prepared is not None:
     return prepared.profile.table_rows()

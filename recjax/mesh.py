@@ -6,6 +6,8 @@ sharding over them sees n devices in a row, node by node.
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,8 +62,19 @@ def make_mesh(devices: int, node_devices: int = 0) -> Mesh:
   used = []
   for _, group in itertools.groupby(found, lambda d: d.process_index):
     used += list(group)[: devices // jax.process_count()]
-  nodes = np.array(used).reshape(-1, node_devices or devices)
+  return mesh_of(used, node_devices)
+
+
+def mesh_of(devices: Sequence[Any], node_devices: int = 0) -> Mesh:
+  """The mesh of these devices, node by node, here or described only."""
+  nodes = np.array(devices).reshape(-1, node_devices or len(devices))
   return Mesh(nodes, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def owners_here(mesh: Mesh) -> list[int]:
+  """The places in the mesh of this process's devices, ascending."""
+  here = jax.process_index()
+  return [i for i, d in enumerate(mesh.devices.flat) if d.process_index == here]
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

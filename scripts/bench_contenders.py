@@ -63,12 +63,15 @@ def recjax_step(data, args):
     )
     for d, i, y in zip(*data, strict=True)
   ]
-  run = Run(setting, plan, mesh).compile()
+  on_cpu = jax.devices()[0].platform == "cpu"
+  on_host = args.route == "host" or (args.route == "auto" and on_cpu)
+  run = Run(setting, plan, mesh, on_host).compile()
   run.start(Drawn(batches, ranks.profile))
   del batches, ranks
 
   def step(i):
-    run.state, out = run.step(run.state, run.batches[i])
+    del i  # in the order of the others
+    run.state, out = run.step(run.state, next(run.fed))
     return float(out["loss"])
 
   return step
@@ -137,73 +140,6 @@ def plain_jax_step(data, args):
   update = jax.jit(update, donate_argnums=0)
   state = params, optimizer.init(params), tables, slots
   batches = [tuple(map(jnp.asarray, b)) for b in zip(*data, strict=True)]
-
-  def step(i):
-    nonlocal state
-    state, loss = update(state, *batches[i])
-    return float(loss)
-
-  return step
-
-
-def host_jax_step(data, args):
-  """Tables on the host, not cached or coalesced: each lookup sends its row."""
-  import jax
-  import jax.numpy as jnp
-  import optax
-  from jax import lax
-
-  from recjax.embedding.tables import DEVICE, HOST, gather, on_host
-  from recjax.mesh import make_mesh, replicated
-
-  params, apply = dlrm(args)
-  optimizer = optax.adagrad(LEARNING_RATE, 0.0, 1e-8)
-  place = replicated(make_mesh(1))
-  rng = np.random.default_rng(0)
-  rows = rng.random((sum(args.rows), 1, args.dim), np.float32)
-  rows -= 0.5
-  rows *= 2 * INIT_SCALE
-  on_the_host = place.with_memory_kind("pinned_host")
-  rows = jax.device_put(rows, on_the_host)
-
-  def add(table, index, rows):
-    dims = lax.ScatterDimensionNumbers(
-      update_window_dims=(1,),
-      inserted_window_dims=(0, 1),
-      scatter_dims_to_operand_dims=(0, 1),
-    )
-    return lax.scatter_add(table, index, rows, dims)
-
-  def loss_of(params, rows, dense, labels):
-    bags = [x.sum(axis=1) for x in by_table(rows, args, axis=1)]
-    logits = apply(params, dense, bags)
-    return optax.sigmoid_binary_cross_entropy(logits, labels).mean()
-
-  def update(state, dense, ids, labels):
-    params, opt, table = state
-    index = jnp.stack([ids.reshape(-1), jnp.zeros(ids.size, jnp.int32)], axis=1)
-    index = jax.device_put(index, HOST)
-    rows = on_host(gather, DEVICE)(table, index)
-    loss, (g, row_grads) = jax.value_and_grad(loss_of, argnums=(0, 1))(
-      params, rows.reshape(*ids.shape, -1), dense, labels
-    )
-    updates, opt = optimizer.update(g, opt)
-    change = -LEARNING_RATE * row_grads.reshape(-1, args.dim)
-    table = on_host(add)(table, index, jax.device_put(change, HOST))
-    return (optax.apply_updates(params, updates), opt, table), loss
-
-  update = jax.jit(
-    update,
-    donate_argnums=0,
-    out_shardings=((place, place, on_the_host), place),
-  )
-  state = *jax.device_put((params, optimizer.init(params)), place), rows
-  first = np.repeat(np.cumsum([0, *args.rows[:-1]]), args.hotness)
-  first = first.astype(np.int32)
-  batches = [
-    jax.device_put((dense, first + ids, labels), place)
-    for dense, ids, labels in zip(*data, strict=True)
-  ]
 
   def step(i):
     nonlocal state
@@ -351,7 +287,6 @@ def fbgemm_step(data, args):
 CONTENDERS = {
   "recjax": (recjax_step, ("jax",), 1.2),
   "plain_jax": (plain_jax_step, ("jax",), 2.3),
-  "host_jax": (host_jax_step, ("jax",), 2.1),
   "torch_sgd": (torch_sgd_step, ("torch",), 1.1),
   "torch_adagrad": (torch_adagrad_step, ("torch",), 2.1),
   "fbgemm": (fbgemm_step, ("torch", "fbgemm_gpu"), 1.2),

@@ -93,9 +93,11 @@ def measure(run: Run, drawn: Drawn, trace: bool) -> dict[str, Any]:
   """Times and traces a run's step."""
   run.start(drawn)
   state, found = step_profile.timed(run.step, run.state, run.batches)
-  found |= step_profile.static(run.step)
+  found |= step_profile.static(run.compiled)
   if trace:
-    state, more = step_profile.traced(run.step, state, run.batches)
+    state, more = step_profile.traced(
+      run.step, run.compiled.as_text(), state, run.batches
+    )
     found |= more
   run.stop()
   return found
@@ -156,7 +158,7 @@ def main() -> None:
     step_profile.report(name, found, args.batch)
     if args.text:
       path = pathlib.Path(args.text) / f"dcnv2_{name.replace('/', '_')}.txt"
-      files.write(path, run.step.as_text())
+      files.write(path, run.compiled.as_text())
     if args.json:
       what = {"device": device, "jax": jax.__version__, "args": vars(args)}
       files.write(args.json, json.dumps(what | {"runs": results}, indent=1))

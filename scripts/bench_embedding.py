@@ -111,14 +111,17 @@ def measure(
     compiled = lower(spec, mesh, params, width)[0].compile()
   compile_s = time.perf_counter() - start
   state = first_state(spec, mesh, params, INIT_SCALE)
-  state, found = step_profile.timed(compiled, state, drawn.batches, steps=20)
+  step = lambda state, batch: compiled(state, batch, {}, {})[:2]
+  state, found = step_profile.timed(step, state, drawn.batches, steps=20)
   found |= step_profile.static(compiled) | {"compile_s": compile_s}
   found["capacity"] = plan.groups[0].tiers[0].capacity
   if args.text:
     path = pathlib.Path(args.text) / f"embedding_{optimizer}_{name}.txt"
     files.write(path, compiled.as_text())
   if args.trace:
-    _, more = step_profile.traced(compiled, state, drawn.batches)
+    _, more = step_profile.traced(
+      step, compiled.as_text(), state, drawn.batches
+    )
     found |= more
   return found
 

@@ -7,6 +7,7 @@ tables of each size under the same ids. The time should not grow.
 """
 
 import argparse
+import itertools
 import platform
 import time
 
@@ -14,44 +15,41 @@ import jax
 import numpy as np
 import optax
 from criteo_tables import names
-from jax.sharding import Mesh
 from synthetic_step import INIT_SCALE, spec_of, summed
 
 from recjax.data import power_law
-from recjax.mesh import batch_sharding, make_mesh
-from recjax.plan.plan import COLD, WARM, Group, Plan, Tier
+from recjax.embedding import host_store
+from recjax.mesh import make_mesh
+from recjax.plan.plan import COLD, VISITORS, WARM, Group, Plan, Tier
 from recjax.schema import AXES, Feature
-from recjax.training.state import StepSpec, TrainState, first_state
-from recjax.training.step import make_train_step
+from recjax.training import visiting
+from recjax.training.inputs import one_ahead
+from recjax.training.state import first_state
+from recjax.training.step import lower
 
 FEATURES = tuple(map(Feature, names(26), names(26)))
 
 
 def plan_of(rows: int, tier: str, args) -> Plan:
   """All rows in a tier, with buffers that hold all that a batch looks up."""
-  one = Tier(
-    tier,
-    first=0,
-    rows=rows,
-    owners=1,
-    axes=AXES,
-    shard_rows=rows,
-    memory="host" if tier == COLD else "device",
-    capacity=args.batch_size * len(FEATURES),
-  )
+  most = args.batch_size * len(FEATURES)
+  memory = "host" if tier == COLD else "device"
+  one = Tier(tier, 0, rows, 1, AXES, rows, memory, capacity=most)
+  visitors = Tier(VISITORS, 0, most, 1, AXES, most, capacity=most)
   tables = tuple(f.table for f in FEATURES)
-  group = Group("rows", tables, args.dim, "float32", args.optimizer, (one,))
+  group = Group(
+    "rows",
+    tables,
+    args.dim,
+    "float32",
+    args.optimizer,
+    (one,),
+    visitors=visitors if tier == COLD else None,
+  )
   return Plan(1, args.batch_size, (group,))
 
 
-def build(plan: Plan, mesh: Mesh) -> tuple[StepSpec, TrainState]:
-  """Makes the step and its state."""
-  spec = spec_of(plan, FEATURES, summed, optax.sgd(0.1))
-  params = {"scale": np.float32(1)}
-  return spec, first_state(spec, mesh, params, INIT_SCALE)
-
-
-def make_batches(smallest: int, args, mesh: Mesh) -> list:
+def make_batches(smallest: int, args) -> list:
   """Draws 8 batches of a power law over the smallest table's rows."""
   rng = np.random.default_rng(0)
   out = []
@@ -63,29 +61,34 @@ def make_batches(smallest: int, args, mesh: Mesh) -> list:
       "dense": np.zeros((args.batch_size, 1), np.float32),
       "ids": ids.astype(np.int32),
     }
-    out.append(jax.device_put(batch, batch_sharding(mesh)))
+    out.append(batch)
   return out
 
 
 class Sized:
-  """A compiled step of tables of some size, its state, and step times."""
+  """A step of tables of some size, its state, and step times."""
 
   def __init__(self, rows: int, tier: str, args):
-    mesh = make_mesh(1)
-    spec, self.state = build(plan_of(rows, tier, args), mesh)
-    self.rows, self.times = rows, []
-    self.batches = make_batches(min(args.rows), args, mesh)
+    mesh, self.rows, self.times = make_mesh(1), rows, []
+    spec = spec_of(plan_of(rows, tier, args), FEATURES, summed, optax.sgd(0.1))
+    params = {"scale": np.float32(1)}
+    self.compiled = lower(spec, mesh, params, 1)[0].compile()
+    self.state = first_state(spec, mesh, params, INIT_SCALE)
+    store = visiting.make_store(spec, mesh)
+    if store:
+      host_store.init(store, spec.embedding, INIT_SCALE)
+    self.run = visiting.Step(spec, mesh, store)
+    batches = make_batches(min(args.rows), args)
     if args.spread:
-      for b in self.batches:
+      for b in batches:
         b["ids"] = b["ids"] * (rows // min(args.rows))
-    step = make_train_step(spec, mesh)
-    self.compiled = step.lower(self.state, self.batches[0]).compile()
+    prepared = [self.run.prepare(b, True) for b in batches]
+    self.batches = one_ahead(map(self.run.place, itertools.cycle(prepared)))
 
   def step(self, i: int) -> None:
     """Runs step i; the first 8 are not timed."""
     start = time.perf_counter()
-    batch = self.batches[i % len(self.batches)]
-    self.state, out = self.compiled(self.state, batch)
+    self.state, out = self.run.train(self.state, next(self.batches))
     jax.block_until_ready(out)
     if i >= 8:
       self.times.append(time.perf_counter() - start)

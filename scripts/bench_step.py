@@ -8,14 +8,14 @@ part by Adagrad) on the same batches, with the 26 Criteo Kaggle tables:
 
   recjax         row-wise Adagrad
   plain_jax      jnp.take, gradients through the tables, row-wise Adagrad
-  host_jax       tables in host memory, a row to and fro for every lookup, SGD
   torch_sgd      EmbeddingBag(sparse=True) a table, SGD
   torch_adagrad  the same, Adagrad (torch has no row-wise one)
   fbgemm         table-batched embeddings, fused exact row-wise Adagrad
 
 torch's tables are on the CPU, its dense part is on the GPU where it sees one;
 with --device_share 0.02, a fiftieth of the rows fit recjax's device memory, and
-the planner says which rows those are.
+the planner says which rows those are. recjax's lookups are sorted as data.route
+says: on CPUs by a thread during the step before, in the time that is measured.
 
 A sample looks one row of each table up, or with --multi_hot 1 to 100, 214 in
 all. Ids are drawn from a power law, the hottest first in every table.
@@ -23,7 +23,8 @@ Contenders run one after the other, each in a process of its own on the same
 cores and with the same malloc settings, in rounds that start with another one
 each time, so that noise hits all alike. Batches are converted to what a
 contender wants before the clock starts. Those that are not installed or do not
-fit in memory are left out with a note.
+fit in memory are left out with a note. `cpu ms` is processor time of all
+threads, waiting ones that spin included; "at least" is roofline.py's.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from pathlib import Path
 
 import machine
 import numpy as np
+import roofline
 from bench_contenders import CONTENDERS, DENSE
 
 from recjax import malloc
@@ -83,14 +85,16 @@ def work(args):
     return {"skipped": f"needs {need / 1e9:.0f} GB, {have / 1e9:.0f} GB free"}
   data = [np.load(Path(args.folder) / f"{i}.npy") for i in range(3)]
   step = make_step(data, args)
-  seconds, losses = [], []
+  seconds, cpu, losses = [], [], []
   for i in range(args.warmup + args.steps):
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     losses.append(step(i % args.batches))
     seconds.append(time.perf_counter() - start)
+    cpu.append(time.process_time() - used)
   names = {"fbgemm_gpu": ("fbgemm-gpu-cpu", "fbgemm-gpu")}
   return {
     "seconds": seconds[args.warmup :],
+    "cpu": cpu[args.warmup :],
     "loss": losses[-1],
     "versions": {p: version(*names.get(p, (p,))) for p in packages},
   }
@@ -126,10 +130,17 @@ def run_worker(name, args, folder):
 
 
 def compare(args):
-  """Runs all contenders in rounds: {name: its times, versions and notes}."""
-  results = {name: {"seconds": []} for name in args.contenders}
+  """Runs all contenders in rounds.
+
+  Returns:
+    ({name: its times, versions and notes}, a step's {"flops", "bytes"} at
+    least).
+  """
+  results = {name: {"seconds": [], "cpu": []} for name in args.contenders}
   with tempfile.TemporaryDirectory() as folder:
-    for i, array in enumerate(draw_batches(args)):
+    drawn = draw_batches(args)
+    flops, moved = roofline.floors(args, drawn[1][0])
+    for i, array in enumerate(drawn):
       np.save(Path(folder) / f"{i}.npy", array)
     Path(folder, _SETTINGS).write_text(json.dumps(vars(args)))
     for r in range(args.rounds):
@@ -138,17 +149,16 @@ def compare(args):
         if "skipped" in results[name]:
           continue
         result = run_worker(name, args, folder)
-        result["seconds"] = [
-          *results[name]["seconds"],
-          *result.get("seconds", []),
-        ]
+        for key in ("seconds", "cpu"):
+          result[key] = [*results[name][key], *result.get(key, [])]
         results[name] = result
   for result in results.values():
     if "skipped" not in result:
       seconds = np.array(result["seconds"])
       result["samples_per_second"] = args.batch / float(np.median(seconds))
       result["best"] = args.batch / float(seconds.min())
-  return results
+      result["cpu_ms"] = 1e3 * float(np.median(result["cpu"]))
+  return results, {"flops": flops, "bytes": moved}
 
 
 def report(settings, results):
@@ -161,7 +171,13 @@ def report(settings, results):
     f"{settings['rounds']} x {settings['steps']} steps, "
     f"malloc {settings['malloc']}"
   )
-  print("contender      samples/s     best  / fbgemm  ms/step  loss")
+  of, rates = settings["floor"], settings["rates"]
+  ms = {k: 1e3 * of[k] / rates[k] for k in of}
+  print(
+    f"at least {ms['flops']:.1f} ms: {of['flops'] / 1e9:.2f} GFLOP, dense; "
+    f"{ms['bytes']:.1f} ms: {of['bytes'] / 1e6:.0f} MB of rows"
+  )
+  print("contender      samples/s     best  / fbgemm  ms/step   cpu ms  loss")
   for name, r in results.items():
     if "skipped" in r:
       print(f"{name:13} skipped: {r['skipped']}")
@@ -171,7 +187,7 @@ def report(settings, results):
     versions = " ".join(f"{k} {v}" for k, v in r["versions"].items())
     print(
       f"{name:13} {r['samples_per_second']:10,.0f} {r['best']:8,.0f} "
-      f"{ratio:>9} {ms:8.1f}  {r['loss']:.4f}  {versions}",
+      f"{ratio:>9} {ms:8.1f} {r['cpu_ms']:8.1f}  {r['loss']:.4f}  {versions}",
       flush=True,
     )
     for note in r["notes"]:
@@ -201,6 +217,7 @@ def parse():
     default=2,
     help="rows that recjax's device holds / all",
   )
+  add("--route", choices=["auto", "host", "device"], default="auto")
   add("--topology", default="", help="recjax's: a preset or file; else found")
   add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
   add("--rivals_python", default=sys.executable, help="has torch and fbgemm")
@@ -233,14 +250,23 @@ def main():
   args.lookups = sum(args.hotness)
   about = machine.about()
   print(", ".join(f"{k} {v}" for k, v in about.items()))
+  rates = {
+    "flops": roofline.flops_per_second(),
+    "bytes": roofline.bytes_per_second(args.cores),
+  }
+  print(
+    f"a product in float32 {rates['flops'] / 1e9:.0f} GFLOP/s, a copy "
+    f"{rates['bytes'] / 1e9:.1f} GB/s"
+  )
   runs = []
   for dim, batch in itertools.product(args.dim, args.batch):
     one = argparse.Namespace(**{**vars(args), "dim": dim, "batch": batch})
-    results = compare(one)
+    results, floor = compare(one)
     names = ("dim", "batch", "exponent", "lookups")
     names += ("cores", "rounds", "steps", "malloc")
-    names += ("device_share", "topology", "mixed")
+    names += ("device_share", "topology", "mixed", "route")
     settings = {k: getattr(one, k) for k in names}
+    settings |= {"floor": floor, "rates": rates}
     report(settings, results)
     runs.append({**settings, "results": results})
   if args.json:

@@ -160,14 +160,13 @@ def measure(config, prepared, plan: Plan, steps: int) -> list[str]:
   lookups = [local * g.lookups for g in run.spec.embedding.groups]
   agreed = not exchange.one_round(plan, lookups)
   data = inputs.batches(run, prepared, "train", local, epochs=None)
+  fed = inputs.fed(data, run, _WARM_UP + steps)
   rounds, before = 0, (0, 0)
   for i in range(_WARM_UP + steps):
     if i == _WARM_UP:
       jax.block_until_ready(state)
       before = counted()
-    batch = next(data)
-    batch.pop("mask")
-    state, out = run.step(state, inputs.to_devices(batch, run.mesh))
+    state, out = run.step(state, next(fed)[0])
     rounds = max(rounds, int(out["rounds"]))
   jax.block_until_ready(state)
   size, packets = (

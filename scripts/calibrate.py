@@ -21,12 +21,15 @@ from pathlib import Path
 import jax
 import numpy as np
 from calibrate_operations import (
+  HOST,
   HOST_GATHER,
+  HOST_LINK,
   Bench,
   Operation,
   collectives,
   of_tables,
   of_the_dense_part,
+  of_the_host,
 )
 from jax.sharding import Mesh
 from refine import refined, timed_steps
@@ -64,7 +67,7 @@ def times(bench: Bench, found: Sequence[Operation]) -> tuple[float, np.ndarray]:
     return empty, np.maximum(np.array(took) - empty, 1e-7)
   took = []
   for x in found:
-    if x.name == HOST_GATHER:
+    if x.name in HOST:
       took += list(bench.seconds(x.calls))
     else:
       took += [busy_seconds(call, bench.repeats) for call in x.calls]
@@ -74,7 +77,12 @@ def times(bench: Bench, found: Sequence[Operation]) -> tuple[float, np.ndarray]:
 
 def measure(bench: Bench) -> dict[str, float]:
   """Measures the rates and latencies of a Topology, by field."""
-  found = [*of_the_dense_part(bench), *of_tables(bench), *collectives(bench)]
+  found = [
+    *of_the_dense_part(bench),
+    *of_tables(bench),
+    *of_the_host(bench),
+    *collectives(bench),
+  ]
   empty, took = times(bench, found)
   print(f"{'call':16} {1e6 * empty:.3g} us")
   lines, at = {}, 0
@@ -108,7 +116,7 @@ def measure(bench: Bench) -> dict[str, float]:
     "network_latency": link_latency,
     "host_gather": lines[HOST_GATHER][1],
     "host_latency": empty,
-    "host_link": lines[HOST_GATHER][1],
+    "host_link": lines[HOST_LINK][1],
   }
 
 

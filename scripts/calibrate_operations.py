@@ -13,14 +13,18 @@ from synthetic_step import times_of
 
 from recjax.data import power_law
 from recjax.embedding.coalesce import coalesce
-from recjax.embedding.tables import DEVICE, HOST, gather, on_host
-from recjax.schema import AXES
+from recjax.embedding.embedding import make_embedding
+from recjax.embedding.host_store import HostStore
+from recjax.embedding.optimizers import TierArrays, sgd
+from recjax.embedding.tables import gather
+from recjax.plan.plan import COLD, Group, Plan, Tier
+from recjax.schema import AXES, Feature
 
 DIM = 32  # of the rows: 128 bytes
 ROWS = 1 << 18  # of a device's table, times times_of(mesh)
 CACHED = 1 << 12  # of one that caches hold
 COUNTS = [1 << k for k in (10, 13, 15)]  # of rows or keys, times the same
-HOST_GATHER = "host gather"
+HOST = (HOST_GATHER, HOST_LINK) = "host gather", "host link"
 SHARDED = PartitionSpec(AXES)
 TABLE = PartitionSpec(None, AXES)  # [rows, n, DIM], as the tiers are
 
@@ -37,11 +41,10 @@ class Bench:
     self.rows = ROWS * self.times
     self.rng = np.random.default_rng(0)
 
-  def floats(self, *shape, spec=SHARDED, dtype=np.float32, host=False):
+  def floats(self, *shape, spec=SHARDED, dtype=np.float32):
     """Puts normal numbers onto the mesh."""
     x = self.rng.standard_normal(shape, np.float32).astype(dtype)
-    kind = "pinned_host" if host else None
-    return jax.device_put(x, NamedSharding(self.mesh, spec, memory_kind=kind))
+    return jax.device_put(x, NamedSharding(self.mesh, spec))
 
   def ids(self, size: int, rows: int):  # [n size] int32 below rows
     """Puts uniform ids onto the mesh."""
@@ -94,11 +97,6 @@ def pairs(local):  # [m] int32 -> [m, 2]
   return jnp.stack([local, jnp.zeros_like(local)], axis=1)
 
 
-def from_host(table, local):
-  """Gathers rows that are in host memory."""
-  return on_host(gather, DEVICE)(table, jax.device_put(pairs(local), HOST))
-
-
 class Operation(NamedTuple):
   """One of a step's, to be timed at several sizes."""
 
@@ -123,11 +121,48 @@ def operation(
   return Operation(name, unit, amounts, [call(s) for s in sizes])
 
 
+def of_the_host(bench: Bench) -> list[Operation]:
+  """Reads stored rows at random, and puts buffers onto the devices."""
+  n, rows = bench.n, bench.rows * bench.n
+  tier = Tier(COLD, 0, rows, n, AXES, bench.rows, "host")
+  group = Group("g", ("t",), DIM, "float32", "sgd", (tier,), visitors=tier)
+  embedding = make_embedding(
+    Plan(n, n, (group,)), (Feature("t", "t"),), {"g": sgd(0.1)}
+  )
+  store = HostStore(embedding, range(n))
+  stored, everything = store.groups["g"], np.arange(rows)
+  stored.write_rows(everything, np.ones((rows, DIM), np.float32))
+
+  def read(size: int) -> Callable[[], object]:
+    at = np.sort(bench.rng.choice(rows, n * size, replace=False))
+    out = TierArrays(np.empty((len(at), DIM), np.float32), {})
+    part = lambda s: stored.read(at[s], TierArrays(out.rows[s], {}))
+    return lambda: store.spread(part, len(at))
+
+  def put(size: int) -> Callable[[], object]:
+    x = bench.rng.standard_normal((n * size, DIM), np.float32)
+    place = NamedSharding(bench.mesh, SHARDED)
+    # Once more: a device that is a CPU may take the host's buffer as it is.
+    return lambda: jax.block_until_ready(jax.device_put(np.copy(x), place))
+
+  size_of = lambda s: 4 * DIM * s
+  return [
+    operation(
+      bench,
+      HOST_GATHER,
+      "B",
+      COUNTS,
+      amount=lambda s: size_of(s) * n,  # of the host, all devices together
+      call=read,
+    ),
+    operation(bench, HOST_LINK, "B", COUNTS, amount=size_of, call=put),
+  ]
+
+
 def of_tables(bench: Bench) -> list[Operation]:
   """Compiles gathers and sums of rows, and the sort of their ids."""
   n = bench.n
   table = bench.floats(bench.rows, n, DIM, spec=TABLE)
-  host_table = bench.floats(bench.rows, n, DIM, spec=TABLE, host=True)
   few = bench.floats(CACHED * n, DIM)
   size_of = lambda s: 4 * DIM * s
 
@@ -166,14 +201,6 @@ def of_tables(bench: Bench) -> list[Operation]:
       call=lambda s: bench.call(
         add_few, few, bench.ids(s, CACHED), bench.floats(n * s, DIM)
       ),
-    ),
-    operation(
-      bench,
-      HOST_GATHER,
-      "B",
-      COUNTS,
-      amount=lambda s: size_of(s) * n,  # of the host, all devices together
-      call=lambda s: bench.call(from_host, host_table, bench.requests(s)),
     ),
     operation(
       bench,

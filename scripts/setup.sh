@@ -22,6 +22,10 @@ if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
   extras="gpu${extras:+,$extras}"
 elif [ -e /dev/accel0 ] || ls /dev/vfio/[0-9]* >/dev/null 2>&1; then
   extras="tpu${extras:+,$extras}"
+else
+  # XLA's compilers for accelerators may be there without one (recjax[compile]);
+  # JAX would look for it at every start, and say so.
+  export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
 fi
 
 # The versions that the tests ran with, where there is a list for this Python.

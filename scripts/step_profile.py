@@ -3,8 +3,8 @@
 What bench_embedding.py and bench_dcnv2.py report of a step:
 
   compiled = step.lower(state, batch).compile()
-  state, times = timed(compiled, state, batches)
-  state, found = traced(compiled, state, batches)
+  state, times = timed(step, state, batches)
+  state, found = traced(step, compiled.as_text(), state, batches)
 
 A kernel belongs to the scope of its HLO instruction, which the trace names
 (`hlo_op`) or the kernel is named after; fused instructions count for the scope
@@ -24,17 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-SCOPES = ("route", "lookup", "dense", "update")
-_INSTRUCTION = re.compile(
-  r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?)"
-  r"(?:metadata=\{.*?op_name=\"([^\"]*)\".*)?$"
-)
-_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][\w\-]*)\(")
-# Opcodes that start nothing on the device.
-_FREE = {
-  *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
-  *("after-all", "partition-id", "replica-id"),
-}
+from recjax.training.compiled import instructions, opcodes, scope_of
 
 
 class Event(NamedTuple):
@@ -49,51 +39,11 @@ class Event(NamedTuple):
 # ---- Compiled text
 
 
-class Instruction(NamedTuple):
-  """An instruction of a module's text."""
-
-  computation: str  # "ENTRY" for the entry's
-  opcode: str
-  op_name: str  # its path in the traced function
-
-
-def instructions(text: str) -> dict[str, Instruction]:
-  """Parses `compiled.as_text()`: {name: Instruction}."""
-  found, computation = {}, ""
-  for line in text.splitlines():
-    if line.startswith("ENTRY "):
-      computation = "ENTRY"
-    elif line and not line[0].isspace():
-      computation = line.split(" ", 1)[0].lstrip("%")
-    elif match := _INSTRUCTION.match(line):
-      name, rest, op_name = match.groups()
-      opcode = _OPCODE.search(" " + rest)
-      found[name] = Instruction(
-        computation, opcode[1] if opcode else "?", op_name or ""
-      )
-  return found
-
-
-def scope_of(op_name: str) -> str:
-  """Finds the first of SCOPES in a path, jit(step)/.../update/..."""
-  for part in op_name.split("/"):
-    words = re.findall(r"\w+", part)
-    for scope in SCOPES:
-      if words and words[-1] == scope:
-        return scope
-  return "other"
-
-
 def static(compiled: jax.stages.Compiled) -> dict[str, Any]:
   """Returns what needs no run: instructions of the entry, memory."""
-  opcodes = [
-    x.opcode
-    for x in instructions(compiled.as_text()).values()
-    if x.computation == "ENTRY" and x.opcode not in _FREE
-  ]
   memory = compiled.memory_analysis()
   return {
-    "entry": dict(collections.Counter(opcodes).most_common()),
+    "entry": opcodes(compiled.as_text()),
     "temp_mb": memory.temp_size_in_bytes / 1e6,
     "alias_mb": memory.alias_size_in_bytes / 1e6,
     "host_temp_mb": memory.host_temp_size_in_bytes / 1e6,
@@ -104,7 +54,7 @@ def static(compiled: jax.stages.Compiled) -> dict[str, Any]:
 
 
 def timed(
-  compiled: jax.stages.Compiled,
+  step: Callable,
   state: Any,
   batches: Sequence,
   rounds: int = 5,
@@ -113,7 +63,7 @@ def timed(
   """Times steps, some in a row without waiting, and some alone.
 
   Args:
-    compiled: (state, batch) -> (state, metrics); the state is donated.
+    step: (state, batch) -> (state, metrics); the state is donated.
     state: before the first step.
     batches: cycled.
     rounds: of steps in a row.
@@ -129,7 +79,7 @@ def timed(
     nonlocal state, out
     start = time.perf_counter()
     for i in range(count):
-      state, out = compiled(state, batches[i % len(batches)])
+      state, out = step(state, batches[i % len(batches)])
     jax.block_until_ready((state, out))
     return (time.perf_counter() - start) / count
 
@@ -153,7 +103,8 @@ def busy_seconds(call: Callable[[], object], repeats: int) -> float:
 
 
 def traced(
-  compiled: jax.stages.Compiled,
+  step: Callable,
+  text: str,
   state: Any,
   batches: Sequence,
   steps: int = 3,
@@ -162,7 +113,8 @@ def traced(
   """Traces steps.
 
   Args:
-    compiled, state, batches: as in `timed`.
+    step, state, batches: as in `timed`.
+    text: of the compiled step.
     steps: that are traced.
     top: kernels that are listed.
 
@@ -171,14 +123,14 @@ def traced(
     "busy_ms", "span_ms": from the first to the last, "top": the slowest}), of
     a step.
   """
-  known = instructions(compiled.as_text())
+  known = instructions(text)
   plain = {re.sub(r"\W", "_", name): name for name in known}
 
   def run():
     nonlocal state
     out = None
     for i in range(steps):
-      state, out = compiled(state, batches[i % len(batches)])
+      state, out = step(state, batches[i % len(batches)])
     jax.block_until_ready((state, out))
 
   events = _record(run)

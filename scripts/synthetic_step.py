@@ -4,9 +4,13 @@ A `Setting` is a model and its tables, a `Run` its compiled train step under a
 plan: what bench_step.py, bench_choice.py, refine.py and bench_dcnv2.py time.
 """
 
+import collections
 import dataclasses
+import functools
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +22,7 @@ from jax.sharding import Mesh
 
 from recjax import config as config_lib
 from recjax.data import power_law
-from recjax.embedding import optimizers
+from recjax.embedding import host_store, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding
@@ -30,7 +34,9 @@ from recjax.planner import solve as solve_lib
 from recjax.planner.problem import Problem, make_problem
 from recjax.planner.topology import Topology
 from recjax.schema import Feature, TableGroup, TableSpec, groups_of
-from recjax.training.state import StepSpec, first_state
+from recjax.training import visiting
+from recjax.training.inputs import one_ahead
+from recjax.training.state import StepSpec, TrainState, first_state
 from recjax.training.step import lower
 
 DENSE = 13  # numeric inputs
@@ -282,8 +288,12 @@ def summed(params, dense, activations, masks) -> jax.Array:
 class Run:
   """A plan's compiled train step and, between start and stop, its state."""
 
-  def __init__(self, setting: Setting, plan: Plan, mesh: Mesh):
+  def __init__(
+    self, setting: Setting, plan: Plan, mesh: Mesh, routed: bool = False
+  ):
+    """Lowers the step; if `routed`, the host makes its batches' routes."""
     self.setting, self.plan, self.mesh = setting, plan, mesh
+    self.routed = routed
     self.params, apply = models.build(
       setting.model, DENSE, setting.inputs, setting.dim, 0
     )
@@ -291,16 +301,19 @@ class Run:
     self.spec = spec_of(
       plan, setting.features, apply, dense_optimizer, setting.wire
     )
-    self.lowered, _ = lower(self.spec, mesh, self.params, DENSE)
+    self.lowered, _ = lower(self.spec, mesh, self.params, DENSE, routed=routed)
     self.seconds, self.rounds = [], 0
 
   def compile(self) -> "Run":
     """Compiles the step; returns the run."""
-    self.step = self.lowered.compile()
+    self.compiled = self.lowered.compile()
     return self
 
-  def start(self, drawn: Drawn) -> None:
-    """Makes the state, and the batches as this plan's positions."""
+  def start(self, drawn: Drawn, delay: Callable | None = None) -> None:
+    """Makes the state, and the batches as this plan's positions.
+
+    `delay` is the host store's.
+    """
     groups = positions.of_groups(self.plan, drawn.profile)
     ranks = {name: group.ranks for name, group in groups.items()}
     self.state = first_state(
@@ -315,10 +328,25 @@ class Run:
       for x in self.batches:
         ids = where.of_batch(np.asarray(x["ids"]))
         x["ids"] = jax.device_put(ids, batch_sharding(self.mesh))
+    self.store = visiting.make_store(self.spec, self.mesh, delay=delay)
+    if self.store:
+      host_store.init(self.store, self.spec.embedding, INIT_SCALE)
+    self.steps_ = visiting.Step(
+      self.spec, self.mesh, self.store, on_host=self.routed
+    )
+    self.fed = ahead(self)
+
+  def step(self, state: TrainState, batch: dict[str, Any]):
+    """Takes a step with a batch of `fed`: (state, metrics)."""
+    if self.store:
+      return self.steps_.train(state, batch)
+    return self.compiled(state, batch, {}, {})[:2]
 
   def stop(self) -> None:
     """Frees the state."""
-    del self.state, self.batches
+    if self.store:
+      self.store.close()
+    del self.state, self.batches, self.store, self.steps_, self.fed
 
   def steps(self, timed: int) -> None:
     """Times steps.
@@ -327,9 +355,30 @@ class Run:
     """
     for i in range(timed + 1):
       begin = time.perf_counter()
-      batch = self.batches[i % len(self.batches)]
-      self.state, out = self.step(self.state, batch)
+      self.state, out = self.step(self.state, next(self.fed))
       jax.block_until_ready(self.state)
       if i:
         self.seconds.append(time.perf_counter() - begin)
     self.rounds = max(self.rounds, int(out["rounds"]))
+
+
+def ahead(run: Run) -> Iterator[dict[str, Any]]:
+  """Cycles through a run's batches without end, one ahead.
+
+  What the host finds out of the next batch's ids, a thread does while the step
+  is at one, as training's input pipeline does.
+  """
+  if not (run.routed or run.store):
+    yield from itertools.cycle(run.batches)
+  host_ids = [{"ids": np.asarray(x["ids"])} for x in run.batches]
+  prepare = functools.partial(run.steps_.prepare, training=True)
+
+  def placed():
+    pool, queue = futures.ThreadPoolExecutor(1), collections.deque()
+    for ids, batch in itertools.cycle(zip(host_ids, run.batches, strict=True)):
+      queue.append((batch, pool.submit(prepare, ids)))
+      if len(queue) > 1:
+        batch, made = queue.popleft()
+        yield batch | run.steps_.place(made.result())
+
+  yield from one_ahead(placed())

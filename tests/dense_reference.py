@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recjax.embedding import optimizers
+from recjax.embedding import host_store, optimizers
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
-from recjax.mesh import batch_sharding, make_mesh
+from recjax.mesh import make_mesh
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature, columns_of
-from recjax.training import step as step_lib
-from recjax.training.state import StepSpec, TrainState, first_state
+from recjax.training import inputs, visiting
+from recjax.training.state import Identity, Run, StepSpec, first_state
 
 BATCH, DENSE, STEPS = 32, 3, 20
 LEARNING_RATE = 0.1
@@ -56,6 +56,9 @@ class Case(NamedTuple):
 
   parts: tuple[Part, ...]
   features: tuple[Feature, ...]
+  # What a batch's rows have to do with the last one's: "some" are the same,
+  # "all" are, or "none".
+  repeats: str = "some"
 
   def part_of(self, feature: Feature) -> Part:
     return next(p for p in self.parts if feature.table in p.tables)
@@ -65,12 +68,16 @@ def batches(case: Case, steps=STEPS, seed=0):
   """Power-law ids over each table's part of its group's ranks, interleaved."""
   rng = np.random.default_rng(seed)
   used = [f.table for f in case.features]
-  for _ in range(steps):
+  for step in range(steps):
     columns = []
+    if case.repeats == "all":
+      rng = np.random.default_rng(seed)
     for f in case.features:
       part = case.part_of(f)
       names = [t for t in dict.fromkeys(used) if t in part.tables]
       ranks = np.arange(names.index(f.table), part.rows, len(names))
+      if case.repeats == "none":
+        ranks = ranks[step % 2 :: 2]
       draw = np.minimum(rng.zipf(1.3, (BATCH, f.hotness)) - 1, len(ranks) - 1)
       ids = ranks[draw]
       length = rng.integers(0, f.hotness + 1, (BATCH, 1))
@@ -224,8 +231,8 @@ def wanted(case: Case):
       for p in case.parts
     ),
   )  # fmt: skip
-  _, _, state = build(case, plan)
-  first = helpers.in_rank_order(state.tables, plan)
+  run = build(case, plan)
+  first = helpers.in_rank_order(run.state.tables, plan)
   first = {name: of.rows for name, of in first.items()}
   end = jax.device_get(reference(case, first, optax.adagrad(LEARNING_RATE)))
   for name, rows in first.items():
@@ -236,8 +243,24 @@ def wanted(case: Case):
 # ---- The system
 
 
-def build(case: Case, plan: Plan, wire_dtype=jnp.float32):
-  """(StepSpec, mesh, a fresh state) of a case under a plan."""
+def build(
+  case: Case,
+  plan: Plan,
+  *,
+  wire_dtype=jnp.float32,
+  options=None,
+  on_host=False,
+  **of_store,
+) -> Run:
+  """A fresh run of a case under a plan, which cannot be saved.
+
+  Args:
+    case, plan: what to run.
+    wire_dtype: of the exchange.
+    options: the compiler's; helpers.FAST if None.
+    on_host: whether the host finds out what visits, and makes the routes.
+    **of_store: of make_store.
+  """
   mesh = make_mesh(plan.devices, plan.node_devices)
   optimizer_of = {p.name: OPTIMIZERS[p.optimizer]() for p in case.parts}
   embedding = make_embedding(
@@ -246,7 +269,23 @@ def build(case: Case, plan: Plan, wire_dtype=jnp.float32):
   spec = StepSpec(apply_of(case), embedding, optax.adagrad(LEARNING_RATE))
   where = positions.of_groups(plan, profile_of(case))
   ranks = {name: of.ranks for name, of in where.items()}
-  return spec, mesh, first_state(spec, mesh, init_params(case), 0.5, ranks)
+  store = visiting.make_store(spec, mesh, **of_store)
+  if store:
+    host_store.init(store, embedding, 0.5)
+  step = visiting.Step(
+    spec, mesh, store, on_host=on_host, options=options or helpers.FAST
+  )
+  return Run(
+    spec,
+    mesh,
+    first_state(spec, mesh, init_params(case), 0.5, ranks),
+    step.train,
+    step.forward,
+    Identity({}, "", 0),
+    step.prepare,
+    step.place,
+    store,
+  )
 
 
 def profile_of(case: Case) -> Profile:
@@ -261,9 +300,10 @@ def profile_of(case: Case) -> Profile:
   return Profile(1, tuple(names), np.ones(len(table), np.int64), table)
 
 
-def by_rank(case: Case, plan: Plan, state: TrainState):
+def by_rank(case: Case, run: Run):
   """{group: rows and slot variables}, wherever table-wise rows lie."""
-  found = helpers.in_rank_order(state.tables, plan)
+  plan = run.spec.embedding.plan
+  found = helpers.in_rank_order(run.state.tables, plan, run.store)
   for name, where in positions.of_groups(plan, profile_of(case)).items():
     ranks = where.ranks_of(0, plan.group(name).rows)
     for x in jax.tree.leaves(found[name]):  # nothing where there is no row
@@ -273,42 +313,50 @@ def by_rank(case: Case, plan: Plan, state: TrainState):
   return found
 
 
-def train(case: Case, plan: Plan, *, options=None, **kw):
+def train(case: Case, plan: Plan, *, ahead=True, **kw):
   """Trains as the system does, and moves nothing between host and device.
 
-  `options` are the compiler's, helpers.FAST if None. Returns (tables before in
-  rank order, state after, rounds of each step).
+  Args:
+    case, plan: what to train.
+    ahead: whether batches are looked ahead for.
+    **kw: of build.
+
+  Returns:
+    (tables before in rank order, the run after, rounds of each step).
   """
-  spec, mesh, state = build(case, plan, **kw)
+  run = build(case, plan, **kw)
   where = positions.of_groups(plan, profile_of(case))
   columns = columns_of(case.features)
-  first = by_rank(case, plan, state)
-  step = step_lib.make_train_step(spec, mesh)
-  compiled, rounds = None, []
-  for batch in batches(case):
-    for f in case.features:
-      mine = where.get(case.part_of(f).name)
-      if mine:
-        at = columns[f.name]
-        batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
-    batch = jax.device_put(batch, batch_sharding(mesh))
-    if compiled is None:
-      compiled = step.lower(state, batch).compile(options or helpers.FAST)
+  first = by_rank(case, run)
+
+  def placed():
+    for batch in batches(case):
+      for f in case.features:
+        mine = where.get(case.part_of(f).name)
+        if mine:
+          at = columns[f.name]
+          batch["ids"][:, at] = mine.positions_of(batch["ids"][:, at])
+      yield run.place(run.prepare(batch, training=True))
+
+  state, rounds = run.state, []
+  for batch in inputs.one_ahead(placed()) if ahead else placed():
     with jax.transfer_guard("disallow"):
-      state, metrics = compiled(state, batch)
+      state, metrics = run.step(state, batch)
     rounds.append(int(metrics["rounds"]))
-  return first, state, rounds
+  return first, run._replace(state=state), rounds
 
 
 def check(case: Case, plan: Plan, *, overflows=None, **kw):
   """Asserts that training under a plan equals the dense reference."""
-  first, state, rounds = train(case, plan, **kw)
+  first, run, rounds = train(case, plan, **kw)
   want_first, (tables_end, params) = wanted(case)
-  got = by_rank(case, plan, state)
+  got = by_rank(case, run)
   for name, rows in want_first.items():
     np.testing.assert_array_equal(first[name].rows, rows)
     helpers.assert_close(tuple(got[name]), tables_end[name])
-  helpers.assert_close(state.params, params)
+  helpers.assert_close(run.state.params, params)
   if overflows is not None:
     assert (max(rounds) > 1) == overflows
-  return state
+  if run.store:
+    run.store.close()
+  return run.state

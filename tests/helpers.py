@@ -1,9 +1,11 @@
 """What tests of several rooms share: plans by hand, tables in rank order."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -11,9 +13,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from recjax.embedding.host_store import HostStore
 from recjax.embedding.tables import Tables
 from recjax.plan.layout import shard_rows
-from recjax.plan.plan import COLD, HOT, WARM, Group, Plan, Tier
+from recjax.plan.plan import (
+  COLD,
+  FROZEN,
+  HOT,
+  VISITORS,
+  WARM,
+  Group,
+  Plan,
+  Tier,
+)
 from recjax.schema import AXES, DEVICE
 
 # As users compile, whatever conftest.py says.
@@ -43,6 +55,19 @@ FAST = _known(
     "xla_cpu_parallel_codegen_split_count": 1,
   }
 )
+
+
+@contextlib.contextmanager
+def limited_memory(more: int):
+  """Lets this process map so many bytes more than it has now."""
+  with open("/proc/self/statm") as f:
+    now = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+  resource.setrlimit(resource.RLIMIT_AS, (now + more, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def quiet(line):
@@ -75,8 +100,10 @@ def make_group(
   node_capacity=0,  # likewise
   table_wise=(),
   padding_rows=0,
+  visitors=0,  # of an owner; 0: all its rows
+  frozen=0,  # of the cold rows, on the SSD
 ) -> Group:
-  """A group of `rows` rows of which so many are hot and warm, else cold.
+  """A group of `rows` rows of which so many are hot and warm, else stored.
 
   `padding_rows` come on top, in the warm tier.
   """
@@ -103,20 +130,23 @@ def make_group(
         node_capacity=far_warm if copies or two_stage else 0,
       )
     )
-  if hot + warm < rows:
-    cold = rows - hot - warm
-    tiers.append(
-      Tier(
-        COLD,
-        hot + held,
-        cold,
-        devices,
-        AXES,
-        shard_rows(cold, devices),
-        "host",
-        c_cold,
-        far_cold if two_stage else 0,
-      )
+  first, stored, guests = hot + held, rows - hot - warm, None
+  if stored:
+    # Where frozen rows follow, all owners have as many cold ones.
+    cold = (
+      stored - frozen if not frozen else (stored - frozen) // devices * devices
+    )
+    for name_, at, count, memory in (
+      (COLD, first, cold, "host"),
+      (FROZEN, first + cold, stored - cold, "ssd"),
+    ):
+      if count:
+        local = shard_rows(count, devices)
+        tiers.append(Tier(name_, at, count, devices, AXES, local, memory))
+    v = visitors or shard_rows(stored, devices)
+    far = far_cold if two_stage else 0
+    guests = Tier(
+      VISITORS, first, v * devices, devices, AXES, v, "device", c_cold, far
     )
   return Group(
     name,
@@ -128,6 +158,7 @@ def make_group(
     hot_sync,
     table_wise,
     padding_rows,
+    guests,
   )
 
 
@@ -141,20 +172,41 @@ def make_plan(devices, rows, hot, warm, *, batch_size=0, **group) -> Plan:
   )
 
 
-def in_rank_order(tables: Tables, plan: Plan):
+def as_seen(plan: Plan) -> Plan:
+  """The plan as a step sees it where all stored rows visit: one more tier."""
+  groups = []
+  for g in plan.groups:
+    rows = sum(t.rows for t in g.stored)
+    tiers = [dataclasses.replace(t, rows=rows) if t == g.visitors else t
+             for t in g.on_device]  # fmt: skip
+    groups.append(dataclasses.replace(g, tiers=tuple(tiers), visitors=None))
+  return dataclasses.replace(plan, groups=tuple(groups))
+
+
+def in_rank_order(tables: Tables, plan: Plan, store: HostStore | None = None):
   """{group: TierArrays of numpy}: rows and slot variables, by position."""
-  return {g.name: _joined(tables[g.name], g) for g in plan.groups}
+  if store:
+    store.flush()
+  stored = store.groups if store else {}
+  return {
+    g.name: _joined(tables[g.name], g, stored.get(g.name)) for g in plan.groups
+  }
 
 
-def _joined(tiers, group: Group):
+def _joined(tiers, group: Group, stored):
   parts = []
-  assert set(tiers) == {t.name for t in group.tiers}
-  for t in group.tiers:
+  assert set(tiers) == {t.name for t in group.resident}
+  assert bool(group.stored) == (stored is not None)
+  for t in group.resident:
     flat = lambda x, t=t: np.asarray(
       x.reshape(-1, *x.shape[2:]) if t.axes else x
     )[: t.rows]
     parts.append(jax.tree.map(flat, tiers[t.name]))
-  return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  if stored is not None:
+    rows = sum(t.rows for t in group.stored)
+    assert list(stored.owners) == list(range(stored.devices))
+    parts.append(stored.block(0, rows))
+  return jax.tree.map(lambda *x: np.concatenate(x), *parts) if parts else None
 
 
 def check_copies(tables: Tables):

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from recjax.embedding import optimizers, tables
+from recjax.embedding import host_store, optimizers, tables
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
 from recjax.mesh import batch_sharding, make_mesh, replicated
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature
-from recjax.training import checkpoint
-from recjax.training import step as step_lib
+from recjax.training import checkpoint, checksums, visiting
 from recjax.training.checkpoint import About
 from recjax.training.state import Identity, Run, StepSpec, TrainState
 
@@ -134,7 +133,6 @@ class Compiled(NamedTuple):
 
   spec: StepSpec
   mesh: jax.sharding.Mesh
-  step: jax.stages.Wrapped
   checksums: jax.stages.Wrapped
 
 
@@ -150,15 +148,17 @@ def compiled(plan: Plan) -> Compiled:
   return Compiled(
     spec,
     mesh,
-    step_lib.make_train_step(spec, mesh),
-    checkpoint.make_checksums(embedding, mesh),
+    checksums.make_checksums(embedding, mesh),
   )
 
 
-def fresh(plan: Plan | str, seed=7, profile=None) -> Run:
-  """A run whose numbers are none of the checkpoint's."""
+def fresh(plan: Plan | str, seed=7, profile=None, **of_store) -> Run:
+  """A run whose numbers are none of the checkpoint's.
+
+  of_store: of make_store.
+  """
   plan = make_plan(plan) if isinstance(plan, str) else plan
-  spec, mesh, step, _ = compiled(plan)
+  spec, mesh, _ = compiled(plan)
   features = spec.embedding.features
   dims = {t: g.dim for g in plan.groups for t in g.tables}
   rng = np.random.default_rng(seed)
@@ -174,9 +174,15 @@ def fresh(plan: Plan | str, seed=7, profile=None) -> Run:
   groups = tuple(
     g._replace(seed=(g.seed + seed) % 2**32) for g in spec.embedding.groups
   )
-  t = tables.init(spec.embedding._replace(groups=groups), mesh, 0.5, ranks)
+  seeded = spec.embedding._replace(groups=groups)
+  t = tables.init(seeded, mesh, 0.5, ranks)
+  store = visiting.make_store(spec, mesh, **of_store)
+  if store:
+    host_store.init(store, seeded, 0.5)
   state = TrainState(count, params, opt_state, t)
-  return Run(spec, mesh, state, step, None, IDENTITY)
+  step = visiting.Step(spec, mesh, store)
+  do = step.train, step.forward, IDENTITY, step.prepare, step.place
+  return Run(spec, mesh, state, *do, store)
 
 
 def batch_of(step, plan, mesh):
@@ -204,7 +210,7 @@ def in_rank_order(run: Run):
   """(step, params, opt_state) and the rows of each group, as numpy."""
   state, plan = run.state, run.spec.embedding.plan
   dense = jax.device_get((state.step, state.params, state.opt_state))
-  rows = helpers.in_rank_order(state.tables, plan)
+  rows = helpers.in_rank_order(state.tables, plan, run.store)
   return jax.tree.map(np.copy, (dense, rows))
 
 
@@ -222,7 +228,7 @@ def sums_of(run: Run):
 
 def save(to, step, run: Run, identity=IDENTITY):
   about = About(identity, {"next": step}, 11, sums_of(run))
-  checkpoint.save(to, step, run.state, run.spec.embedding.plan, about)
+  checkpoint.save(to, step, run, about)
 
 
 def restore(directory, plan, step=SAVED, profile=None) -> Run:

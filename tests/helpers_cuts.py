@@ -63,7 +63,8 @@ def problems_with_ssds(draw):
 def row_cost(problem) -> float:
   """The cost of a row in the dearest tier, with the tier's latencies."""
   n = problem.shape.devices
-  page = (1 + problem.shape.stored_bytes / 4096) / n
+  sizes = problem.shape.files
+  page = sum(1 + size / 4096 for size in sizes) / n
   one = [
     problem.evaluate(Traffic(1)),
     problem.evaluate(Traffic(0, n)),

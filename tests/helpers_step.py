@@ -1,17 +1,15 @@
 """Steps over tables that are never created, compiled, and what they hold."""
 
-import re
-
 import dense_reference as dense
 import helpers
 import jax
-import numpy as np
 import optax
 
 from recjax.embedding.embedding import make_embedding
 from recjax.mesh import make_mesh
 from recjax.plan.plan import Group, Plan
 from recjax.training import step as step_lib
+from recjax.training.compiled import aliased_arguments, shard_bytes
 from recjax.training.state import StepSpec
 
 
@@ -42,18 +40,6 @@ def compiled_step(case: dense.Case, plan: Plan, *, options=None, **kw):
   return lowered.compile(options or helpers.OPTIMIZED), shapes
 
 
-def shard_bytes(tables) -> int:
-  """Bytes that a device has of the tables."""
-  shard = lambda x: np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-  return sum(map(shard, jax.tree.leaves(tables)))
-
-
-def aliased_arguments(text: str) -> set[int]:
-  """The arguments of a compiled program that its results take the place of."""
-  (aliases,) = re.findall(r"input_output_alias=\{(.*?)\}, \w+=", text)
-  return {int(x) for x in re.findall(r"\((\d+), \{\}", aliases)}
-
-
 def check_in_place(case, plans, **kw):
   """Asserts that a step updates its tables in place, whatever their size.
 
@@ -66,7 +52,7 @@ def check_in_place(case, plans, **kw):
   small, large = (step.memory_analysis() for step, _ in steps)
   step, shapes = steps[1]
   aliased = large.alias_size_in_bytes + large.host_alias_size_in_bytes
-  assert aliased >= shard_bytes(shapes.tables)
+  assert aliased >= sum(map(shard_bytes, jax.tree.leaves(shapes.tables)))
   # Every table and slot variable: the state's leaves are the first arguments.
   leaves = len(jax.tree.leaves(shapes))
   tables = len(jax.tree.leaves(shapes.tables))

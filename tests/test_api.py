@@ -115,7 +115,7 @@ def test_rows_are_read_by_id_wherever_they_live(trained):
   import pyarrow.parquet as pq
 
   found = pq.read_table(pathlib.Path(prepared.directory) / table).to_pydict()
-  dense = helpers.in_rank_order(run.state.tables, plan)
+  dense = helpers.in_rank_order(run.state.tables, plan, run.store)
   for name, group in (("user", plan.groups[0]), ("item", plan.groups[1])):
     mine = [v for t, v in zip(found["table"], found["value"], strict=True)
             if t == name]  # fmt: skip

@@ -1,5 +1,6 @@
 """What is written twice in the project's files agrees."""
 
+import importlib.metadata
 import pathlib
 import re
 import tomllib
@@ -37,7 +38,22 @@ def test_constraints_pin_every_dependency(python):
   extras = PROJECT["project"]["optional-dependencies"]
   wanted = PROJECT["project"]["dependencies"] + extras["test"]
   names = {re.split(r"[><=\[]", w)[0].lower() for w in wanted}
-  assert names <= CONSTRAINTS[python].keys()
+  assert "recjax[compile]" in extras["test"]
+  names |= {"libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt"}
+  assert names - {"recjax"} <= CONSTRAINTS[python].keys()
+
+
+@pytest.mark.parametrize("python", CONSTRAINTS)
+def test_compilers_are_those_of_the_pinned_jax(python):
+  pins = CONSTRAINTS[python]
+  for name in ("jaxlib", "jax-cuda12-plugin", "jax-cuda12-pjrt"):
+    assert pins[name] == pins["jax"]
+  if importlib.metadata.version("jax") == pins["jax"]:
+    requires = importlib.metadata.requires("jax") or []
+    (tpu,) = (r for r in requires if r.startswith("libtpu"))
+    version = re.search(r"==([\d.]+)\.\*", tpu)
+    assert version is not None
+    assert pins["libtpu"].startswith(version[1] + ".")
 
 
 def test_ci_and_hooks_use_the_pinned_versions():

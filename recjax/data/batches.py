@@ -12,6 +12,7 @@ the processes do not divide a window).
 import collections
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import grain
 import numpy as np
@@ -65,6 +66,7 @@ def dataset(
   threads: int = 1,
   prefetch: int = 8,
   positions_of: Positions | None = None,
+  then: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> grain.DatasetIterator:
   """Gives an iterator of batches; its get_state() is small and fits JSON.
 
@@ -88,6 +90,7 @@ def dataset(
     prefetch: batches read ahead.
     positions_of: gives what `ids` hold instead of ranks (plan/positions.py);
       None = the ranks.
+    then: makes of a batch what is yielded, by the threads that read ahead.
 
   Raises:
     UserError: too few samples for one batch on each process.
@@ -105,7 +108,10 @@ def dataset(
   options = grain.ReadOptions(
     num_threads=threads, prefetch_buffer_size=max(prefetch, threads)
   )
-  return iter(grain.MapDataset.source(source).to_iter_dataset(options))
+  data = grain.MapDataset.source(source)
+  if then is not None:
+    data = data.map(then)
+  return iter(data.to_iter_dataset(options))
 
 
 class Batches:

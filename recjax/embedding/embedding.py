@@ -44,6 +44,17 @@ class EmbeddingGroup(NamedTuple):
     parts = [x[:, at] for at in _joined(self.columns)]
     return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
+  def put(self, x, mine):  # [b, S], [b, lookups] -> [b, S]
+    """Returns an array of all columns with the group's columns replaced."""
+    if self.lookups == x.shape[1]:
+      return mine
+    first = 0
+    for at in _joined(self.columns):
+      width = at.stop - at.start
+      x = x.at[:, at].set(mine[:, first : first + width])
+      first += width
+    return x
+
 
 class Embedding(NamedTuple):
   """All groups of a plan, in the plan's order."""
@@ -66,6 +77,20 @@ class Embedding(NamedTuple):
   def weighted(self) -> bool:
     """Whether lookups have weights."""
     return any(f.weighted for f in self.features)
+
+  @property
+  def visited(self) -> tuple[EmbeddingGroup, ...]:
+    """The groups with stored rows, which visit."""
+    return tuple(g for g in self.groups if g.group.visitors)
+
+  def with_visitors(self, rows: Mapping[str, int]) -> "Embedding":
+    """The embedding with room for so many visitors an owner, by group."""
+    plan = self.plan.with_visitors(rows)
+    groups = tuple(
+      g._replace(group=group)
+      for g, group in zip(self.groups, plan.groups, strict=True)
+    )
+    return self._replace(plan=plan, groups=groups)
 
 
 def make_embedding(

@@ -32,7 +32,7 @@ is the proxy of its node at all owners (., j) (proxies.py).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,8 @@ from recjax.schema import AXES, DEVICE, NODE
 class Route(NamedTuple):
   """A local batch's distinct rows that travel, and which lookups use them.
 
-  Z is the number of buckets, L that of lookups, group by group.
+  In arrays of JAX or, made on the host, of NumPy. Z is the number of buckets, L
+  that of lookups, group by group.
   """
 
   addresses: jax.Array  # [L + 1] int32, ascending, then NONE
@@ -83,45 +84,59 @@ class Round(NamedTuple):
 # ---- Route
 
 
-def _bucket(rank, t: TierBuckets, plan: Plan):  # rank [...] int32 in the tier
-  """Returns the owner's bucket; those of a proxy (., j) are neighbours."""
+def _owner(rank, t: TierBuckets, plan: Plan):  # rank [...] int32 in the tier
+  """Returns the owner, as a place among the tier's buckets.
+
+  Those of a proxy (., j) are neighbours.
+  """
   owner = rank % t.count
   nodes = t.asked_nodes(plan)
   if t.united and nodes > 1:
     g = t.count // nodes
     owner = owner % g * nodes + owner // g
-  return t.first + owner
+  return owner
+
+
+def addresses_of(ids: Sequence, plan: Plan, np_or_jnp: Any = jnp):
+  """Returns (bucket, address), [L] int32 each, of the lookups of all groups.
+
+  Z and NONE where no row travels. In arrays of jax.numpy, or of numpy; `ids` as
+  `route` has them.
+  """
+  xp, known = np_or_jnp, buckets_of(plan)
+  past = np.int32(len(known.capacity))
+  buckets, addresses = [], []
+  for group, mine in enumerate(ids):
+    bucket, address = xp.full_like(mine, past), xp.full_like(mine, NONE)
+    for t in known.of_group(group):
+      there, rank = mine >= t.tier.first, mine - t.tier.first
+      if t.tier != plan.groups[group].on_device[-1]:
+        there &= mine < t.tier.stop
+      at, local = np.int32(0), rank
+      if t.count > 1:
+        at, local = _owner(rank, t, plan), rank // t.count
+      bucket = xp.where(there, t.first + at, bucket)
+      local = t.base + at * t.tier.shard_rows + local
+      address = xp.where(there, local, address)
+    buckets.append(bucket)
+    addresses.append(address)
+  joined = lambda x: xp.concatenate(x) if len(x) > 1 else x[0]
+  return joined(buckets), joined(addresses)
 
 
 def route(ids: Sequence[jax.Array], plan: Plan) -> Route:
   """Coalesces a device's lookups of all groups, with one sort.
 
+  Its twin on the host is host_route.py.
+
   Args:
     ids: of each group, flattened: int32 positions, -1 = no lookup.
     plan: whose rows they are.
   """
-  known = buckets_of(plan)
-  past = len(known.capacity)
-  buckets, addresses = [], []
-  for group, mine in enumerate(ids):
-    bucket, local = jnp.full_like(mine, past), mine
-    for t in known.of_group(group):
-      there, rank = mine >= t.tier.first, mine - t.tier.first
-      if t.tier.stop < plan.groups[group].rows:
-        there &= mine < t.tier.stop
-      bucket = jnp.where(there, _bucket(rank, t, plan), bucket)
-      local = jnp.where(there, rank // t.count, local)
-    base = jnp.asarray(known.bases)[bucket]
-    buckets.append(bucket)
-    addresses.append(jnp.where(bucket < past, base + local, NONE))
-  distinct, index = coalesce(_joined(addresses))
-  distinct = jnp.append(distinct, NONE)
-  starts = places_of(known.bases, distinct)
-  return Route(distinct, starts, _joined(buckets), index)
-
-
-def _joined(parts):
-  return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+  buckets, addresses = addresses_of(ids, plan)
+  distinct, index = coalesce(addresses, room=1)
+  starts = places_of(buckets_of(plan).bases, distinct)
+  return Route(distinct, starts, buckets, index)
 
 
 def asked_rows(of: Route, plan: Plan):  # -> [] int32
@@ -178,6 +193,8 @@ def plan_round(of: Route, begin, plan: Plan, lookups: tuple[int, ...]) -> Round:
   def end_of(stop):
     if device_fits and proxy_fits:
       return last
+    if plan.devices == 1:  # no other device ends the round before
+      return jnp.minimum(begin + known.capacity, last)
     end = places_of(stop, of.addresses)
     return jnp.clip(end, begin, last)
 

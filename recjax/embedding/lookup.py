@@ -6,7 +6,7 @@ through.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,10 @@ from recjax.embedding import exchange, table_wise
 from recjax.embedding.buckets import buckets_of
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.exchange import Round, Route
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.pooling import by_feature, coefficients, masks_of, pool
 from recjax.embedding.table_wise import BagResiduals
-from recjax.embedding.tables import (
-  DEVICE,
-  HOST,
-  Tables,
-  TierArrays,
-  gather,
-  on_host,
-)
+from recjax.embedding.tables import Tables, gather
 from recjax.plan.plan import Tier
 
 
@@ -35,6 +29,7 @@ class GroupResiduals(NamedTuple):
   ids: jax.Array  # [L] int32 positions, -1 = none or with a table's owner
   coefficients: jax.Array | None  # [b, S] float32; None = 1
   bags: BagResiduals | None  # of table-wise tables
+  stored: jax.Array | None = None  # [V, 1] int32: visitors' stored local rows
 
 
 class Residuals(NamedTuple):
@@ -50,22 +45,33 @@ class Residuals(NamedTuple):
     return tuple(g.ids.shape[0] for g in self.groups)
 
 
-def forward(
-  embedding: Embedding, tables: Tables, batch: Mapping[str, jax.Array]
-):
+def forward(embedding: Embedding, tables: Tables, batch: Mapping[str, Any]):
   """Looks up the rows of a batch.
 
   Args:
     embedding: the groups.
-    tables: a device's shards.
+    tables: a device's shards, visitors among them.
     batch: ids [b, S] int32, positions of the rows in their groups (ranks,
-      unless tables are table-wise: plan/positions.py), -1 = none; and maybe
-      weights [b, S] float32.
+      unless tables are table-wise: plan/positions.py; those of stored rows
+      translated: visits.py), -1 = none; maybe weights [b, S] float32, and the
+      route of these ids, made on the host (host_route.py): Route of [1, ...]
+      arrays; and of groups with visitors their stored local rows, {group:
+      [V, 1] int32}.
 
   Returns:
     ({feature: [b, h, d] float32}, Residuals).
+
+  Raises:
+    ValueError: a group's visitors are missing.
   """
   plan, ids = embedding.plan, batch["ids"]
+  for g in embedding.visited:
+    if g.group.visitors.name not in tables[g.name]:
+      raise ValueError(
+        f"group {g.name} has rows in host memory, which this lookup cannot "
+        "fetch: use run.step and run.forward, or a plan with all rows on the "
+        "devices (config.plan.device_memory_mb, config.plan.warm_rows = -1)"
+      )
   groups, own_ids = [], []
   for g in embedding.groups:
     mine = g.take(ids)
@@ -75,17 +81,27 @@ def forward(
     if g.group.table_wise:
       there = table_wise.to_owners(mine, g, plan.devices)
       mine = jnp.where(there, -1, mine)
-    groups.append(GroupResiduals(mine.reshape(-1), coef, None))
+    stored = batch.get("stored", {}).get(g.name)
+    groups.append(GroupResiduals(mine.reshape(-1), coef, None, stored))
   residuals = Residuals(tuple(groups), None, None)
   if buckets_of(plan).tiers:
     with jax.named_scope("route"):
-      route = exchange.route([x.ids for x in groups], plan)
+      route = _given_route(batch)
+      if route is None:
+        route = exchange.route([x.ids for x in groups], plan)
       now = exchange.plan_round(
         route, route.starts[:-1], plan, residuals.lookups
       )
     residuals = residuals._replace(route=route, round=now)
   with jax.named_scope("lookup"):
     return _read(embedding, tables, own_ids, residuals)
+
+
+def _given_route(batch) -> Route | None:
+  """Returns this device's route, where the batch brings it."""
+  if "route" not in batch:
+    return None
+  return Route(*(x[0] for x in batch["route"]))
 
 
 def masks(embedding: Embedding, ids):  # [b, S] int32
@@ -131,12 +147,7 @@ def _pooled(sources: list[Callable], of: GroupResiduals, g: EmbeddingGroup):
 def _of_replicas(tiers: dict[str, TierArrays], ids, g: EmbeddingGroup):
   """Returns a taker of columns' hot rows; other rows are 0."""
   tier = g.group.hot
-
-  def take(columns):
-    at = replica_rows(ids[:, columns], tier)
-    return tiers[tier.name].rows.at[at].get(mode="fill", fill_value=0)
-
-  return take
+  return _taker(tiers[tier.name].rows, replica_rows(ids, tier))
 
 
 def replica_rows(ids, tier: Tier):  # [...] int32 -> [...] int32
@@ -151,7 +162,7 @@ def _fetch(embedding, tables, residuals: Residuals, now: Round):
   buffers: dict[int, list] = {}
   for t, asked in zip(known.sharded, now.requests, strict=True):
     g = embedding.groups[t.group]
-    rows = _rows_at(tables[g.name][t.tier.name], asked.local, t.tier)
+    rows = _rows_at(tables[g.name][t.tier.name], asked.local)
     rows = rows.astype(embedding.wire_dtype)
     rows = exchange.fetch_rows(rows, asked, t, plan)
     buffers.setdefault(t.group, []).append(rows)
@@ -165,16 +176,23 @@ def _fetch(embedding, tables, residuals: Residuals, now: Round):
 
 
 def _taker(buffer, at):  # [C, d], [b, S] int32 -> columns -> [b, columns, d]
-  return lambda columns: buffer.at[at[:, columns]].get(
-    mode="fill", fill_value=0
-  )
+  """Returns a taker of columns' rows; those past the end are 0.
+
+  With one mask for all columns, which a gather that is to fill would make anew
+  for each `take`: 7 kernels less with half of the rows hot (H100, jax 0.12).
+  """
+  there = at < buffer.shape[0]
+  at = jnp.minimum(at, buffer.shape[0] - 1)
+
+  def take(columns):
+    rows = buffer.at[at[:, columns]].get(mode="promise_in_bounds")
+    return jnp.where(there[:, columns, None], rows, 0)
+
+  return take
 
 
-def _rows_at(arrays: TierArrays, local, tier: Tier):  # [m] int32 -> [m, d]
+def _rows_at(arrays: TierArrays, local):  # [m] int32 -> [m, d]
   index = jnp.stack([local, jnp.zeros_like(local)], axis=1)
-  if tier.memory == "host":
-    index = jax.device_put(index, HOST)
-    return on_host(gather, DEVICE)(arrays.rows, index)
   return gather(arrays.rows, index)
 
 

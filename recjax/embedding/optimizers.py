@@ -8,7 +8,19 @@ gradient, in float32; a row that is not touched keeps its slots as they are
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+
+
+class TierArrays(NamedTuple):
+  """Rows of a tier and their slot variables.
+
+  rows [K, d] of replicas, or [ceil(K / n), n, d]; a slot variable the same, or
+  without d.
+  """
+
+  rows: jax.Array
+  slots: dict[str, jax.Array]  # slot variables by name
 
 
 class Optimizer(NamedTuple):

@@ -4,6 +4,7 @@
 Both are linear in the rows, so that no table is ever differentiated through.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping
 
@@ -13,6 +14,9 @@ import numpy as np
 from jax import lax
 
 from recjax.schema import Feature, activations_of, columns_of
+
+_FUSED = 20  # columns that are summed in one kernel on CPUs
+_PART_BYTES = 1 << 20  # gradients of rows that are written at a time on CPUs
 
 
 def coefficients(ids, weights, features: tuple[Feature, ...]):
@@ -66,12 +70,39 @@ def pool(
     widths = [f.hotness for f in group]
     for width in widths if summed else [sum(widths)]:
       columns = slice(at, at + width)
-      rows = take(columns)
-      if coefficients is not None:
-        rows = rows * coefficients[:, columns, None]
-      out.append(jnp.sum(rows, axis=1, keepdims=True) if summed else rows)
+      weighted = functools.partial(_weighted, take, coefficients)
+      out.append(_summed(weighted, columns) if summed else weighted(columns))
       at += width
   return jnp.concatenate(out, axis=1) if len(out) > 1 else out[0]
+
+
+def _weighted(take, coefficients, columns: slice):  # -> [b, columns, d]
+  rows = take(columns)
+  if coefficients is None:
+    return rows
+  return rows * coefficients[:, columns, None]
+
+
+def _summed(take: Callable[[slice], jax.Array], columns: slice):
+  """Returns the sum of columns' rows, [b, 1, d].
+
+  XLA:CPU writes all rows of a bag before it sums them, unless they are summed
+  column by column: 100 lookups of 2,048 samples take 34 ms that way (dim 64, on
+  a core) and 7 ms this way; 5.1 and 2.5 ms at dim 16 (jax 0.12; 0.10 alike).
+  """
+  parts = [slice(i, i + 1) for i in range(columns.start, columns.stop)]
+
+  def by_column():
+    total = take(parts[0])
+    for i, part in enumerate(parts[1:], 1):
+      total = total + take(part)
+      if i % _FUSED == 0:  # not thousands of operations in a kernel
+        total = lax.optimization_barrier(total)
+    return total
+
+  return lax.platform_dependent(
+    cpu=by_column, default=lambda: jnp.sum(take(columns), axis=1, keepdims=True)
+  )
 
 
 def spread(gradients, coefficients, features: tuple[Feature, ...]):
@@ -94,6 +125,42 @@ def spread(gradients, coefficients, features: tuple[Feature, ...]):
   if coefficients is not None:
     gradients = gradients * coefficients[..., None]
   return gradients
+
+
+def add_spread(total, at, gradients, coefficients, features):
+  """Returns total [m, d] with the gradients of the rows added at `at`.
+
+  XLA:CPU writes the gradients of all rows before it adds them, unless a part of
+  the samples is spread and added after the other: 438,272 lookups take 35 ms
+  that way (dim 64, on a core) and 24 this way; 8 and 3 ms at dim 16 (jax 0.12;
+  0.10 alike).
+
+  Args:
+    total: float32.
+    at: [b S] int32, of the lookups; those past the end are dropped.
+    gradients, coefficients, features: as `spread` has them.
+  """
+  b, _, dim = gradients.shape
+  at = at.reshape(b, -1)
+
+  def add(total, first, samples):
+    part = lambda x: lax.dynamic_slice_in_dim(x, first, samples)
+    scale = None if coefficients is None else part(coefficients)
+    rows = spread(part(gradients), scale, features).reshape(-1, dim)
+    return total.at[part(at).reshape(-1)].add(rows, mode="drop")
+
+  size = max(1, _PART_BYTES // (at.shape[1] * dim * 4))  # samples of a part
+
+  def by_part():
+    found = lax.fori_loop(
+      0, b // size, lambda i, x: add(x, i * size, size), total
+    )
+    return add(found, b - b % size, b % size) if b % size else found
+
+  whole = lambda: add(total, 0, b)
+  if size >= b:
+    return whole()
+  return lax.platform_dependent(cpu=by_part, default=whole)
 
 
 # ---- By feature

@@ -19,7 +19,8 @@ from jax import lax
 from recjax.embedding import wire
 from recjax.embedding.coalesce import NONE, coalesce
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
-from recjax.embedding.tables import TierArrays, gather
+from recjax.embedding.optimizers import TierArrays
+from recjax.embedding.tables import gather
 from recjax.plan import layout
 from recjax.schema import AXES, Feature, activations_of, columns_of
 
@@ -136,11 +137,11 @@ def _travel(x, counts: tuple[int, ...], *, back: bool):
 def to_owners(ids, g: EmbeddingGroup, devices: int):
   """Returns which lookups go to a table's owner: [b, S] bool.
 
-  ids [b, S] int32: positions, of the group's columns.
+  ids [b, S] int32 of JAX or NumPy: positions, of the group's columns.
   """
   tier = g.group.table_wise_tier
   assert tier is not None
-  owner = jnp.asarray(_bags_of(g, devices).owner)[None]
+  owner = _bags_of(g, devices).owner[None]
   there = (ids >= tier.first) & (ids < tier.stop)
   return there & ((ids - tier.first) % devices == owner)
 

@@ -9,41 +9,21 @@ reshaped: a reshape around an update would copy the shard.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import compute_on as compute_on_lib
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.row_random import initial_rows
 from recjax.plan.plan import Tier
 from recjax.schema import AXES
 
-# The function form, which took over the name after jax 0.10.
-_compute_on: Callable = getattr(
-  compute_on_lib, "compute_on2", compute_on_lib.compute_on
-)
-
-HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
-
-
-class TierArrays(NamedTuple):
-  """Rows of a tier and their slot variables.
-
-  rows [K, d] of replicas, or [ceil(K / n), n, d]; a slot variable the same, or
-  without d.
-  """
-
-  rows: jax.Array
-  slots: dict[str, jax.Array]  # slot variables by name
-
-
-# Of each group, by its name, its tiers with rows, by their names: in rank
-# order, or in the order of positions where tables are table-wise.
+# Of each group, by its name, its tiers in device memory, by their names: in
+# rank order, or in the order of positions where tables are table-wise.
 Tables = dict[str, dict[str, TierArrays]]
 
 
@@ -54,68 +34,48 @@ def spec_of(tier: Tier) -> PartitionSpec:
   return PartitionSpec(None, tier.axes if len(tier.axes) > 1 else tier.axes[0])
 
 
-def specs(embedding: Embedding) -> Tables:
-  """Returns the PartitionSpecs of the tables, as `shard_map` wants them."""
+def specs(embedding: Embedding, visitors: bool = False) -> Tables:
+  """Returns the PartitionSpecs of the tables, as `shard_map` wants them.
+
+  Args:
+    embedding: the groups.
+    visitors: whether they are among the tables.
+  """
   return {
     g.name: {
       t.name: TierArrays(
         spec_of(t), dict.fromkeys(g.optimizer.slots, spec_of(t))
       )
-      for t in g.group.tiers
+      for t in (g.group.on_device if visitors else g.group.resident)
     }
     for g in embedding.groups
   }
 
 
-def shapes(embedding: Embedding) -> Tables:
-  """Returns the shapes and dtypes of the tables."""
+def shapes(embedding: Embedding, visitors: bool = False) -> Tables:
+  """Returns the shapes and dtypes of the tables; see `specs`."""
   found: Tables = {}
   for g in embedding.groups:
     found[g.name] = {}
-    for t in g.group.tiers:
-      shape = (t.shard_rows, t.owners) if t.axes else (t.rows,)
-      slots = {
-        name: jax.ShapeDtypeStruct(
-          (*shape, g.dim) if wide else shape, jnp.float32
-        )
-        for name, wide in g.optimizer.slots.items()
-      }
-      rows = jax.ShapeDtypeStruct((*shape, g.dim), g.group.dtype)
-      found[g.name][t.name] = TierArrays(rows, slots)
+    for t in g.group.on_device if visitors else g.group.resident:
+      found[g.name][t.name] = tier_shapes(g, t)
   return found
 
 
+def tier_shapes(g: EmbeddingGroup, t: Tier) -> TierArrays:
+  """Returns the shapes and dtypes of a tier's arrays."""
+  shape = (t.shard_rows, t.owners) if t.axes else (t.rows,)
+  slots = {
+    name: jax.ShapeDtypeStruct((*shape, g.dim) if wide else shape, jnp.float32)
+    for name, wide in g.optimizer.slots.items()
+  }
+  rows = jax.ShapeDtypeStruct((*shape, g.dim), g.group.dtype)
+  return TierArrays(rows, slots)
+
+
 def shardings(embedding: Embedding, mesh: Mesh) -> Tables:
-  """Returns the NamedShardings of the tables, with each tier's memory."""
-  of_memory = {
-    "device": mesh.devices.flat[0].default_memory().kind,
-    "host": "pinned_host",
-  }
-  memory = {
-    g.name: {t.name: of_memory[t.memory] for t in g.group.tiers}
-    for g in embedding.groups
-  }
-  return {
-    group: {
-      tier: jax.tree.map(
-        lambda s, kind=memory[group][tier]: NamedSharding(
-          mesh, s, memory_kind=kind
-        ),
-        of_tier,
-      )
-      for tier, of_tier in tiers.items()
-    }
-    for group, tiers in specs(embedding).items()
-  }
-
-
-def on_host(f: Callable, out_space=HOST) -> Callable:
-  """Makes f run on the host, on operands in host memory, in a jitted step.
-
-  Every operand, index and constant array must be in host memory already; the
-  result goes to `out_space`.
-  """
-  return _compute_on(f, compute_type="device_host", out_memory_spaces=out_space)
+  """Returns the NamedShardings of the tables."""
+  return jax.tree.map(lambda s: NamedSharding(mesh, s), specs(embedding))
 
 
 def gather(x, index):  # [s, 1, ...], [m, 2] int32 -> [m, ...]
@@ -126,8 +86,7 @@ def gather(x, index):  # [s, 1, ...], [m, 2] int32 -> [m, ...]
     collapsed_slice_dims=(0, 1),
     start_index_map=(0, 1),
   )
-  # XLA clamps the index; JAX's own clamp would put constants on the device.
-  mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+  mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS  # XLA clamps the index
   return lax.gather(x, index, dims, (1, 1, *tail), mode=mode)
 
 
@@ -153,7 +112,8 @@ def init(
 ) -> Tables:
   """Makes rows uniform in +-scale by (seed, rank, column), slot variables 0.
 
-  Every shard is computed where it belongs, without a temporary copy.
+  Those in device memory; host_store.py has the stored ones. Every shard is
+  computed where it belongs, without a temporary copy.
 
   Args:
     embedding: the groups.
@@ -169,12 +129,20 @@ def init(
     if g.group.table_wise
   }
   seeds = np.array([g.seed for g in embedding.groups], np.uint32)
+  return make_init(embedding, mesh, scale)(seeds, given)
+
+
+def make_init(embedding: Embedding, mesh: Mesh, scale: float):
+  """Makes the jitted (seeds [groups] uint32, ranks by group) -> Tables.
+
+  ranks [shard rows, n] int32 of the groups with table-wise tables.
+  """
 
   def make(seeds, given):  # a device's shards
     return {
       g.name: {
         t.name: _first_tier(g, t, scale, seeds[i], given.get(g.name))
-        for t in g.group.tiers
+        for t in g.group.resident
       }
       for i, g in enumerate(embedding.groups)
     }
@@ -182,11 +150,11 @@ def init(
   make = jax.shard_map(
     make,
     mesh=mesh,
-    in_specs=(PartitionSpec(), place),
+    in_specs=(PartitionSpec(), PartitionSpec(None, AXES)),
     out_specs=specs(embedding),
     check_vma=False,
   )
-  return jax.jit(make, out_shardings=shardings(embedding, mesh))(seeds, given)
+  return jax.jit(make, out_shardings=shardings(embedding, mesh))
 
 
 def _placed_ranks(g: EmbeddingGroup, ranks: np.ndarray, place: NamedSharding):
@@ -221,16 +189,13 @@ def _first_tier(g: EmbeddingGroup, tier: Tier, scale: float, seed, ranks):
   if tier == g.group.table_wise_tier:
     made = values(ranks, seed)
     return made._replace(rows=jnp.where(ranks[..., None] < 0, 0, made.rows))
-  owner = lax.axis_index(tier.axes).astype(jnp.int32)
-  if tier.memory == "host":
-    return on_host(of_owner)(*jax.device_put((owner, seed), HOST))
-  return of_owner(owner, seed)
+  return of_owner(lax.axis_index(tier.axes).astype(jnp.int32), seed)
 
 
 # ---- Filling, block by block
 
 
-def _blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
+def blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
   """Yields (first local row, local rows) of every block, in rank order.
 
   Local rows [s, s + k) of all n owners are the tier's ranks [s n, (s + k) n).
@@ -242,7 +207,7 @@ def _blocks(tier: Tier, block_rows: int) -> Iterator[tuple[int, int]]:
 
 
 @functools.cache
-def block_writer(tier: Tier, slots: tuple[str, ...], mesh: Mesh, memory: str):
+def block_writer(tier: Tier, slots: tuple[str, ...], mesh: Mesh):
   """Returns the jitted (tier's arrays, block, first local row) -> arrays.
 
   In place.
@@ -251,27 +216,16 @@ def block_writer(tier: Tier, slots: tuple[str, ...], mesh: Mesh, memory: str):
     tier: whose arrays they are.
     slots: names of the slot variables.
     mesh: where the tier is.
-    memory: kind of memory that it is in.
   """
   spec = TierArrays(spec_of(tier), dict.fromkeys(slots, spec_of(tier)))
-  out = jax.tree.map(lambda s: NamedSharding(mesh, s, memory_kind=memory), spec)
+  out = jax.tree.map(lambda s: NamedSharding(mesh, s), spec)
 
-  def put_all(arrays, block, start):
-    # dynamic_update_slice wants every start index where the operands are.
-    zero = start - start
+  def write(arrays, block, start):
     return jax.tree.map(
-      lambda x, new: lax.dynamic_update_slice(
-        x, new, (start,) + (zero,) * (x.ndim - 1)
-      ),
+      lambda x, new: lax.dynamic_update_slice_in_dim(x, new, start, 0),
       arrays,
       block,
     )
-
-  def write(arrays, block, start):
-    if tier.memory != "host":
-      return put_all(arrays, block, start)
-    block, start = jax.device_put((block, start), HOST)
-    return on_host(put_all)(arrays, block, start)
 
   write = jax.shard_map(
     write,
@@ -290,7 +244,9 @@ def fill(
   block_rows: int,
   rows: Callable[[str, int, int], TierArrays],
 ) -> Tables:
-  """Writes every row in place, group by group in rank order, by blocks.
+  """Writes every row in device memory, group by group in rank order, by blocks.
+
+  In place.
 
   Args:
     tables: donated.
@@ -298,19 +254,18 @@ def fill(
     mesh: where the tables are.
     block_rows: rows of a block, about.
     rows: (group, first, stop) -> arrays of numpy, [stop - first] of them; asked
-      for in ascending, adjoining ranges that cover all positions of a group.
+      for in ascending, adjoining ranges that cover the positions of the tiers
+      in device memory.
   """
   placed = shardings(embedding, mesh)
   out: Tables = {}
   for g in embedding.groups:
     out[g.name] = {}
-    for tier in g.group.tiers:
+    for tier in g.group.resident:
       arrays, n = tables[g.name][tier.name], tier.owners
       place = placed[g.name][tier.name]
-      write = block_writer(
-        tier, tuple(g.optimizer.slots), mesh, place.rows.memory_kind
-      )
-      for start, count in _blocks(tier, block_rows):
+      write = block_writer(tier, tuple(g.optimizer.slots), mesh)
+      for start, count in blocks(tier, block_rows):
         first = tier.first + start * n
         stop = min(first + count * n, tier.stop)
         block = rows(g.name, first, stop)

@@ -16,16 +16,10 @@ from recjax.embedding.buckets import TierBuckets, buckets_of
 from recjax.embedding.coalesce import NONE, coalesce
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.lookup import Residuals, replica_rows
-from recjax.embedding.pooling import joined, spread
+from recjax.embedding.optimizers import TierArrays
+from recjax.embedding.pooling import add_spread, joined, spread
 from recjax.embedding.row_random import row_bits, stochastic_round
-from recjax.embedding.tables import (
-  HOST,
-  Tables,
-  TierArrays,
-  gather,
-  on_host,
-  scatter,
-)
+from recjax.embedding.tables import Tables, gather, scatter
 from recjax.plan.plan import Tier
 from recjax.schema import AXES
 
@@ -50,13 +44,13 @@ def backward(
   Returns:
     (tables, the number of rounds that it took [] int32).
   """
-  by_row = []  # of each group, [L, d]
+  by_bag = []  # of each group, [b, A, d]
   tables = {name: dict(tiers) for name, tiers in tables.items()}
   for g, of in zip(embedding.groups, residuals.groups, strict=True):
     grads = joined(gradients, g.features)
-    rows = spread(grads, of.coefficients, g.features).reshape(-1, g.dim)
-    by_row.append(rows)
+    by_bag.append(grads)
     if g.group.hot and g.group.hot_sync == "all_reduce":
+      rows = spread(grads, of.coefficients, g.features).reshape(-1, g.dim)
       _update_replicas(embedding, tables, g, of.ids, (rows, step))
     if of.bags is not None:
       _update_bags(embedding, tables, g, of.bags, (grads, step))
@@ -64,7 +58,7 @@ def backward(
   if residuals.round is None:
     return tables, one
   update = lambda tables, now: _update_round(
-    embedding, tables, residuals, by_row, (now, step)
+    embedding, tables, residuals, by_bag, (now, step)
   )
   first = residuals.round
   tables = update(tables, first)
@@ -184,30 +178,23 @@ def _update_gathered(old: TierArrays, local, grads, g: EmbeddingGroup, step):
 
 
 def _update_local(arrays: TierArrays, local, grads, place, step):
-  """Updates an owner's rows in place, where their tier lies.
+  """Updates an owner's rows in place.
 
   Args:
     arrays: a device's shard.
     local: [m] int32, distinct; padding past the end.
     grads: [m, d] float32.
-    place: (EmbeddingGroup, Tier).
+    place: (EmbeddingGroup, Tier, the stored local rows of visitors or None).
     step: [] int32.
   """
-  g, tier = place
+  g, tier, stored = place
   owner = lax.axis_index(tier.axes).astype(jnp.int32)
-  ranks = tier.first + local * tier.owners + owner
-  bits = _bits(ranks, g, step)
+  row = local if stored is None else stored.at[local, 0].get(mode="clip")
+  bits = _bits(tier.first + row * tier.owners + owner, g, step)
   index = jnp.stack([local, jnp.zeros_like(local)], axis=1)
-
-  def apply(arrays, index, grads, bits, step):
-    old = jax.tree.map(lambda x: gather(x, index), arrays)
-    new = _new_rows(old, grads, bits, step, g)
-    return jax.tree.map(lambda x, y: scatter(x, index, y), arrays, new)
-
-  operands = (index, grads, bits, step)
-  if tier.memory == "host":
-    return on_host(apply)(arrays, *jax.device_put(operands, HOST))
-  return apply(arrays, *operands)
+  old = jax.tree.map(lambda x: gather(x, index), arrays)
+  new = _new_rows(old, grads, bits, step, g)
+  return jax.tree.map(lambda x, y: scatter(x, index, y), arrays, new)
 
 
 def _update_bags(embedding, tables, g: EmbeddingGroup, bags, what):
@@ -219,16 +206,16 @@ def _update_bags(embedding, tables, g: EmbeddingGroup, bags, what):
   tier: Tier = g.group.table_wise_tier
   local, summed = table_wise.return_bag_gradients(bags, grads, g, embedding)
   tables[g.name][tier.name] = _update_local(
-    tables[g.name][tier.name], local, summed, (g, tier), step
+    tables[g.name][tier.name], local, summed, (g, tier, None), step
   )
 
 
-def _update_round(embedding, tables, residuals: Residuals, by_row, when):
+def _update_round(embedding, tables, residuals: Residuals, by_bag, when):
   """Updates the rows of a round, group by group.
 
   Args:
     embedding, tables, residuals: as `backward` has them.
-    by_row: of each group the gradients of its lookups' rows, [L, d] float32.
+    by_bag: of each group the gradients of its activations, [b, A, d] float32.
     when: (the round, [] int32 step).
   """
   now, step = when
@@ -240,13 +227,25 @@ def _update_round(embedding, tables, residuals: Residuals, by_row, when):
     if not known.of_group(i):
       continue
     buffer = jnp.zeros((known.sizes[i], g.dim))
-    buffer = buffer.at[places[i]].add(by_row[i], mode="drop")
+    buffer = add_spread(
+      buffer,
+      places[i],
+      by_bag[i],
+      residuals.groups[i].coefficients,
+      g.features,
+    )
     buffer = buffer.astype(embedding.wire_dtype)
     for t in known.of_group(i):
       part = buffer[t.buffer : t.buffer + t.rows]
       arrays = tables[g.name][t.tier.name]
       out[g.name][t.tier.name] = (
-        _update_sharded(embedding, arrays, part, (t, requests[t]), step)
+        _update_sharded(
+          embedding,
+          arrays,
+          part,
+          (t, requests[t], residuals.groups[i].stored),
+          step,
+        )
         if t.tier.axes
         else _update_gathered(
           arrays, *_gather(embedding, residuals.route, now, t, part), g, step
@@ -257,12 +256,13 @@ def _update_round(embedding, tables, residuals: Residuals, by_row, when):
 
 def _update_sharded(embedding, arrays, part, asked, step):
   """Sends a tier's gradients [owners C, d] home, sums and applies them."""
-  plan, (t, requests) = embedding.plan, asked
+  plan, (t, requests, stored) = embedding.plan, asked
   t: TierBuckets
   local, grads = exchange.return_gradients(part, requests, t, plan)
   size, copies = t.tier.shard_rows, plan.devices // t.tier.owners
   local, grads = _summed(local, grads, size, plan.devices, copies)
-  place = embedding.groups[t.group], t.tier
+  g = embedding.groups[t.group]
+  place = g, t.tier, stored if t.tier == g.group.visitors else None
   return _update_local(arrays, local, grads, place, step)
 
 

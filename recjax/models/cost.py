@@ -20,6 +20,7 @@ class DenseCost:
   params: int = 0
   flops: int = 0  # of a sample's forward pass
   floats: int = 0  # activations of a sample
+  inputs: int = 0  # floats of the vectors that it takes of a sample
 
   def __add__(self, other: "DenseCost") -> "DenseCost":
     """Returns the cost of both."""
@@ -27,6 +28,7 @@ class DenseCost:
       self.params + other.params,
       self.flops + other.flops,
       self.floats + other.floats,
+      self.inputs + other.inputs,
     )
 
 
@@ -47,7 +49,7 @@ def projections(inputs: Inputs, dim: int) -> DenseCost:
 
   A feature's h vectors go through the same weights.
   """
-  total = DenseCost()
+  total = DenseCost(inputs=sum(h * d for h, d in inputs.values()))
   for h, d in inputs.values():
     if d != dim:
       one = linear(d, dim, bias=False)

@@ -86,10 +86,15 @@ class Group:
     return tuple(t for t in self.tiers if t.memory != "device")
 
   @property
+  def resident(self) -> tuple[Tier, ...]:
+    """The tiers in device memory."""
+    return tuple(t for t in self.tiers if t.memory == "device")
+
+  @property
   def on_device(self) -> tuple[Tier, ...]:
     """The tiers as a step sees them: visitors in place of the stored ones."""
-    there = tuple(t for t in self.tiers if t.memory == "device")
-    return there if self.visitors is None else (*there, self.visitors)
+    visitors = () if self.visitors is None else (self.visitors,)
+    return self.resident + visitors
 
   @property
   def hot(self) -> Tier | None:

@@ -72,22 +72,16 @@ class Collective:
 
 
 def of_step(text: str, devices: int) -> list[Collective]:
-  """The collectives of `compiled.as_text()`, in the order of the text.
-
-  Raises:
-    ValueError: an asynchronous collective, whose text tells other shapes.
-  """
+  """The collectives of `compiled.as_text()`, in the order of the text."""
   found = []
   for line in text.splitlines():
     match = _LINE.search(line)
     if not match:
       continue
     types, kind, start, rest = match.groups()
-    if start:
-      raise ValueError(f"asynchronous: {line.strip()[:200]}")
     shapes = tuple(
       (t, tuple(int(x) for x in dims.split(",") if x))
-      for t, dims in _TYPE.findall(types)
+      for t, dims in _TYPE.findall(_results(types, kind) if start else types)
     )
     scope = re.search(r'op_name="([^"]*)"', rest)
     scope = scope[1] if scope else ""
@@ -95,6 +89,28 @@ def of_step(text: str, devices: int) -> list[Collective]:
       Collective(kind, shapes, _groups(rest, devices), scope, "while" in scope)
     )
   return found
+
+
+def _results(types: str, kind: str) -> str:
+  """The types of an asynchronous collective's results.
+
+  Its own type is a tuple of operands, results and what it needs meanwhile:
+  ((operands), results, ...), or (operand, result, ...). The start of an
+  all-reduce may have the type of its results alone.
+  """
+  types = re.sub(r"\{[^}]*\}", "", types)  # layouts
+  if types.startswith("(("):
+    operands, _, rest = types.partition(")")
+    if rest.startswith(", ("):
+      return rest[2:].partition(")")[0]
+    return ",".join(_pieces(rest)[: len(_pieces(operands))])
+  if kind == "all-reduce" or not types.startswith("("):
+    return types
+  return _pieces(types)[1]
+
+
+def _pieces(types: str) -> list[str]:
+  return [f"{t}[{dims}]" for t, dims in _TYPE.findall(types)]
 
 
 def _groups(text: str, devices: int) -> tuple[tuple[int, ...], ...]:

@@ -98,7 +98,7 @@ class Problem:
   @functools.cached_property
   def pages_of_row(self) -> np.ndarray:
     """[K] pages that the global batch reads for a frozen row of a bucket."""
-    return stored_rows.pages_of_row(self.of_batch.pi, self.shape.stored_bytes)
+    return stored_rows.pages_of_row(self.of_batch.pi, self.shape.files)
 
   @functools.cached_property
   def _pages(self) -> CumulativeSum:

@@ -335,7 +335,10 @@ def device_bytes(
   warm_shard: float,
   buffers: float,
   visitors: float = 0.0,
+  gathered: float | None = None,
   table_wise: TableWise | None = None,
+  lanes: int = 1,
+  bag: int = 0,
 ) -> dict[str, float]:
   """Bytes of a device's memory for a group, by kind.
 
@@ -345,9 +348,20 @@ def device_bytes(
     warm_shard: rows of the device's warm shard.
     buffers: rows n C of all exchange buffers.
     visitors: stored rows V that a batch brings.
+    gathered: touched hot rows that a device shares with all; None where the
+      hot rows' gradients are all-reduced.
     table_wise: what table-wise tables ask, where there are any.
+    lanes: that rows are padded to, where they are worked on.
+    bag: lookups of a sample whose rows are held before they are summed.
   """
-  wide, lookups = 4 * shape.dim, shape.local_lookups
+  lookups, padding = shape.local_lookups, -shape.dim % lanes / shape.dim
+  wide = 4 * shape.dim * (1 + padding)
+  size = 2 if shape.compute == "bfloat16" else 4
+  inputs = 4 * shape.dense.inputs * (1 + padding) * (1 + shape.train)
+  # All of the tier; else keys, positions and gradients of all devices.
+  summed = hot * (wide + 4)
+  if gathered is not None:
+    summed = shape.devices * gathered * (24 + wide)
   extra = {}
   if table_wise is not None:
     # Local rows before and after they travel; keys sorted and summed gradients;
@@ -363,19 +377,18 @@ def device_bytes(
     "replicas": hot * shape.stored_bytes,
     "tables": warm_shard * shape.row_bytes,
     "slot variables": warm_shard * shape.slot_bytes,
-    # Of the next batch and of this one; in training also of the one before,
-    # on their way back, and where this one's visitors were among them.
+    # Of the next batch and of this one, with two numbers each; in training also
+    # of the one before, on their way back.
     "visitors": visitors
-    * (
-      (2 + shape.train) * shape.stored_bytes
-      + shape.train * communication.ID_BYTES
-    ),
-    "gradients": shape.train * hot * 4 * (shape.dim + 1),
+    * ((2 + shape.train) * shape.stored_bytes + 4 * communication.ID_BYTES),
+    "gradients": shape.train * summed,
     # Rows and gradients, before and after the exchange, and ids.
     "buffers": buffers
     * (2 * communication.ID_BYTES + 2 * shape.wire_bytes + 2 * wide),
-    # A lookup's keys, positions, row and gradient; the model's activations.
-    "activations": lookups * (24 + 2 * wide)
-    + 4 * shape.local * shape.dense.floats * (2 if shape.train else 1),
-    "dense": 4 * shape.dense.params * (4 if shape.train else 1),
+    # A lookup's keys and positions; the vectors that the model takes, and their
+    # gradients; what its layers leave for the backward pass.
+    "activations": lookups * 24
+    + shape.local * (bag * wide + inputs + size * shape.dense.floats),
+    # Parameters, as many slot variables (of Adagrad), and gradients.
+    "dense": 4 * shape.dense.params * (3 if shape.train else 1),
   }

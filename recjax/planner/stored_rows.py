@@ -20,21 +20,28 @@ from recjax.planner.topology import PAGE_BYTES
 _ALL = 1 << 62  # more rows than there are
 
 
-def pages_of_row(pi: np.ndarray, size: int) -> np.ndarray:  # [K] -> [K]
+def pages_of_row(pi: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
   """Pages that a row's bucket has read in a step, over the bucket's rows.
 
-  Rows of `size` bytes follow each other in rank order, so that (P + size - 1) /
-  size of them have a part in a page of P bytes, on average; the page is read
-  if any of them is touched. Neighbours are taken to be as likely as the row.
+  Rows, and each of their slot variables, lie in a file of their own
+  (embedding/host_store.py), in rank order: (P + size - 1) / size neighbours of
+  `size` bytes have a part in a page of P bytes, on average. The page is read if
+  any of them is touched, for which they are taken to be as likely as the row.
 
   Args:
-    pi: the probability that the batch touches a row.
-    size: bytes of a row with its slot variables, which lie together.
+    pi: [K] the probability that the batch touches a row.
+    sizes: bytes of what a row has in each of the files.
+
+  Returns:
+    [K] float64.
   """
   with np.errstate(divide="ignore"):  # pi = 1
     untouched = np.log1p(-np.asarray(pi, np.float64))
-  read = -np.expm1(untouched * ((PAGE_BYTES + size - 1) / size))
-  return read * (size / PAGE_BYTES)
+  pages = np.zeros(len(pi))
+  for size in sizes:
+    read = -np.expm1(untouched * ((PAGE_BYTES + size - 1) / size))
+    pages += read * (size / PAGE_BYTES)
+  return pages
 
 
 class Room(NamedTuple):

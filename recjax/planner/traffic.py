@@ -52,6 +52,16 @@ class StepShape:
     """Bytes of a row where it lives: weights and slot variables."""
     return self.row_bytes + self.slot_bytes
 
+  @property
+  def files(self) -> tuple[int, ...]:
+    """Bytes of a row's weights, and of each of its slot variables.
+
+    Those have a float32 number a column, or one a row.
+    """
+    wide = 4 * self.dim
+    columns, row = divmod(self.slot_bytes, wide)
+    return (self.row_bytes, *[wide] * columns, *[4] * (row // 4))
+
 
 class TableWise(NamedTuple):
   """What tables that their owners pool ask of a step."""
@@ -197,7 +207,8 @@ def sent_bytes(parts: Sequence[Part]) -> Bytes:
   """Bytes that a device sends in a step for its rows, over links and to hosts.
 
   To and from its host, in "host": stored rows with their slot variables once
-  each way, and the index that says where a visitor was in the batch before.
+  each way, and two numbers of each, which row of the owner it is and where it
+  was in the batch before.
 
   Returns:
     {"ids", "rows", "gradients", "hot gradients", "host"} and, where tables are
@@ -216,9 +227,8 @@ def sent_bytes(parts: Sequence[Part]) -> Bytes:
       rows = traffic.gathered
       shared = communication.gathered_bytes(rows, shape.wire_bytes, n)[1]
     sent = _sent(part, share) | {"hot gradients": train * shared}
-    row = shape.stored_bytes
-    back = train * (row + communication.ID_BYTES)
-    sent["host"] = traffic.visitors * (row + back)
+    row = (1 + train) * shape.stored_bytes + 2 * communication.ID_BYTES
+    sent["host"] = traffic.visitors * row
     return sent | _table_wise_sent(part, share["all"])
 
   return total(map(one, parts))

@@ -9,14 +9,15 @@ import jax
 from recjax import config as config_lib
 from recjax.config import Config
 from recjax.data.prepared import Prepared
-from recjax.embedding import optimizers
-from recjax.embedding.embedding import make_embedding
+from recjax.embedding import host_store, optimizers
+from recjax.embedding.embedding import Embedding, make_embedding
 from recjax.errors import UserError
 from recjax.mesh import make_mesh
 from recjax.models import build as models
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.schema import Feature, TableGroup, groups_of
+from recjax.training import visiting
 from recjax.training.dense_optimizer import dense_optimizer
 from recjax.training.inputs import run_length
 from recjax.training.state import (
@@ -26,7 +27,6 @@ from recjax.training.state import (
   TrainState,
   first_state,
 )
-from recjax.training.step import make_forward, make_train_step
 
 
 def table_groups(
@@ -81,33 +81,53 @@ def build(
     e.dim,
     config.seed,
   )
-  of_rows = {}
-  for g in groups:
-    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
-    if serving:
-      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  steps = 0 if serving else run_length(config, prepared)[0]
   spec = StepSpec(
     apply,
-    make_embedding(
-      plan,
-      schema.features,
-      of_rows,
-      wire_dtype=e.exchange_dtype,
-      seed=config.seed,
-    ),
-    dense_optimizer(config, 0 if serving else run_length(config, prepared)[0]),
+    configured_embedding(config, plan, schema.features, groups, serving),
+    dense_optimizer(config, steps),
   )
   ranks = {
     name: of.ranks
     for name, of in positions.of_groups(plan, prepared.profile).items()
   }
+  store = visiting.make_store(spec, mesh)
+  if store:
+    host_store.init(store, spec.embedding, e.init_scale)
+  on_host = {"auto": None, "host": True, "device": False}[config.data.route]
+  step = visiting.Step(spec, mesh, store, on_host=on_host)
   return Run(
     spec,
     mesh,
     first_state(spec, mesh, params, e.init_scale, ranks),
-    reused(make_train_step(spec, mesh)),
-    make_forward(spec, mesh),
+    reused(step.train),
+    step.forward,
     identity_of(config, prepared, params if model else None),
+    step.prepare,
+    step.place,
+    store,
+  )
+
+
+def configured_embedding(
+  config: Config,
+  plan: Plan,
+  features: tuple[Feature, ...],
+  groups: tuple[TableGroup, ...],
+  serving: bool = False,
+) -> Embedding:
+  """Makes the static part of all groups; without slot variables to serve."""
+  of_rows = {}
+  for g in groups:
+    of_rows[g.name] = optimizers.OPTIMIZERS[g.optimizer](g.learning_rate)
+    if serving:
+      of_rows[g.name] = of_rows[g.name]._replace(slots={})
+  return make_embedding(
+    plan,
+    features,
+    of_rows,
+    wire_dtype=config.embedding.exchange_dtype,
+    seed=config.seed,
   )
 
 

@@ -16,93 +16,28 @@ import pathlib
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax import lax
-from jax.sharding import Mesh, PartitionSpec
 
+from recjax import distributed
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
-from recjax.embedding.tables import DEVICE, HOST, Tables, TierArrays
+from recjax.embedding.host_store import StoredRows
+from recjax.embedding.optimizers import TierArrays
+from recjax.embedding.tables import Tables
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.mesh import replicated
 from recjax.plan import positions
-from recjax.plan.plan import Plan, Tier
-from recjax.training import checkpoint_reader
+from recjax.plan.plan import Plan
+from recjax.training import checkpoint_reader, checksums, stored_checkpoint
+from recjax.training.checkpoint_reader import StoredItem
 from recjax.training.state import Identity, Run, TrainState
 
-VERSION = 2  # of what is stored; others are not read
+VERSION = 3  # of what is stored; others are not read
 _BLOCK_BYTES = 16 << 20  # rows streamed at a time while restoring
+_SAVE_SECONDS = 24 * 3600  # for one save, at most
 _LEAST_CHUNK_BYTES = 1 << 20  # of a stored shard
-
-
-# ---- Checksums
-
-
-def _words(x):  # any shape, 2- or 4-byte dtype -> the same shape, uint32
-  """Returns the bits of an array as numbers."""
-  kind = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
-  return lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-
-
-@jax.jit
-def _dense_sum(tree):  # 2- or 4-byte leaves -> uint32
-  """Returns the wrapping sum of all bits: one damaged word changes it."""
-  return sum(jnp.sum(_words(x)) for x in jax.tree.leaves(tree))
-
-
-def make_checksums(embedding: Embedding, mesh: Mesh):
-  """Makes the jitted Tables -> {"group.array": uint32}, over all rows.
-
-  An array is "rows" or a slot variable; its sum is that of the words of all
-  tiers, without those of padded shards.
-  """
-
-  def checksums(tables: Tables):
-    total: dict[str, jax.Array] = {}
-    for g in embedding.groups:
-      for tier in g.group.tiers:
-        for name, x in _tier_sums(tables[g.name][tier.name], tier).items():
-          key = f"{g.name}.{name}"
-          total[key] = total.get(key, jnp.uint32(0)) + x
-    return total
-
-  sharded = jax.shard_map(
-    checksums,
-    mesh=mesh,
-    in_specs=(tables_lib.specs(embedding),),
-    out_specs=PartitionSpec(),
-    check_vma=False,
-  )
-  return jax.jit(sharded, out_shardings=replicated(mesh))
-
-
-def _tier_sums(arrays: TierArrays, tier: Tier) -> dict[str, jax.Array]:
-  """Sums the words of a tier's rows and slot variables over its owners."""
-
-  def sums(arrays: TierArrays, valid):  # valid [shard rows, 1] or [rows] bool
-    def one(x):
-      words = _words(x)
-      mask = valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim))
-      return jnp.sum(jnp.where(mask, words, words - words), dtype=jnp.uint32)
-
-    slots = {name: one(x) for name, x in arrays.slots.items()}
-    return {"rows": one(arrays.rows), **slots}
-
-  if not tier.axes:
-    return sums(arrays, jnp.ones(tier.rows, bool))
-  owner = lax.axis_index(tier.axes).astype(jnp.int32)
-  local = lax.broadcasted_iota(jnp.int32, (tier.shard_rows, 1), 0)
-  valid = local * tier.owners + owner < tier.rows
-  if tier.memory == "host":
-    found = tables_lib.on_host(sums, DEVICE)(
-      arrays, jax.device_put(valid, HOST)
-    )
-  else:
-    found = sums(arrays, valid)
-  return lax.psum(found, tier.axes)  # of copies once
 
 
 # ---- Save
@@ -117,11 +52,16 @@ def manager(
     read_only=read_only,
     create=not read_only,
     step_prefix=None,
+    async_options=ocp.AsyncOptions(
+      timeout_secs=_SAVE_SECONDS,
+      # stored_checkpoint.py begins to write while the others are begun.
+      create_directories_asynchronously=False,
+    ),
   )
   return ocp.CheckpointManager(
     directory.absolute(),
     options=options,
-    item_names=("dense", "tables", "meta"),
+    item_names=("dense", "tables", "stored", "meta"),
   )
 
 
@@ -143,21 +83,18 @@ class About:
   identity: Identity
   position: dict  # where the data iterator stands, JSON
   seed: int
-  checksums: dict[str, int]  # of `make_checksums`
+  checksums: dict[str, int]  # of `checksums.make_checksums`
 
 
-def save(
-  to: ocp.CheckpointManager,
-  step: int,
-  state: TrainState,
-  plan: Plan,
-  about: About,
-) -> None:
-  """Starts to save; returns when the state may be donated again.
+def save(to: ocp.CheckpointManager, step: int, run: Run, about: About) -> None:
+  """Starts to save a run's state; returns when it may be donated again.
 
-  Orbax copies the state to host memory first: while a save is under way the
-  host holds one more copy of the device and host tiers.
+  Orbax copies what is in device memory to host memory first: while a save is
+  under way the host holds one more copy of that. Rows of the host store are
+  written by blocks.
   """
+  to.wait_until_finished()
+  state, plan, store = run.state, run.spec.embedding.plan, run.store
   tree = _tree(state.tables)
   # A block is read from every shard at once, in whole chunks; replicas, of any
   # number of rows, are stored in one piece.
@@ -172,29 +109,31 @@ def save(
         ),
         tree[g.name][t.name],
       )
-      for t in g.tiers
+      for t in g.resident
     }
     for g in plan.groups
   }
   dense = {"params": state.params, "opt_state": state.opt_state}
-  checksums = about.checksums | {"dense": _dense_sum(dense)}
+  sums = about.checksums | {"dense": checksums.of_dense(dense)}
   meta = {
     "version": VERSION,
     "plan": plan.to_json(),
     "identity": dataclasses.asdict(about.identity),
     "position": about.position,
     "seed": about.seed,
-    "checksums": {k: int(v) for k, v in checksums.items()},
+    "checksums": {k: int(v) for k, v in sums.items()},
+    "stored": {"processes": jax.process_count() if store else 0},
   }
   meta["digest"] = _digest(meta)
-  to.save(
-    step,
-    args=ocp.args.Composite(
-      dense=ocp.args.StandardSave(dense),
-      tables=ocp.args.PyTreeSave(tree, save_args=chunks),
-      meta=ocp.args.JsonSave(meta),
-    ),
-  )
+  items = {
+    "dense": ocp.args.StandardSave(dense),
+    "tables": ocp.args.PyTreeSave(tree, save_args=chunks),
+    "meta": ocp.args.JsonSave(meta),
+  }
+  if store:
+    store.flush()
+    items["stored"] = stored_checkpoint.make_save(store)
+  to.save(step, args=ocp.args.Composite(**items))
 
 
 def _digest(meta: dict) -> str:
@@ -305,11 +244,10 @@ def restore(
   try:
     checkpoint_reader.check_readable(folder / "dense")
     dense = _restore_dense(directory, step, run.state)
-    tables, sums = _restore_tables(folder / "tables", meta, run, profile)
-    sums["dense"] = int(_dense_sum(dense))
-    want = {name: meta["checksums"][name] for name in sums}
-    if sums != want:
-      raise ValueError(f"its checksums are {sums}, not {want}")
+    found, want = checksums.of_dense(dense), meta["checksums"]["dense"]
+    if int(found) != want:
+      raise ValueError(f"its dense part's checksum is {found}, not {want}")
+    tables = _restore_rows(folder, meta, run, profile)
   except Exception as e:
     raise _damaged(directory, step, e) from e
   count = jax.device_put(np.int32(step), replicated(run.mesh))
@@ -327,42 +265,98 @@ def _restore_dense(directory: pathlib.Path, step: int, state: TrainState):
     return m.restore(step, args=args)["dense"]
 
 
-def _restore_tables(
-  path: pathlib.Path, meta: dict, run: Run, profile: Profile | None
-) -> tuple[Tables, dict[str, int]]:
-  """Streams the stored rows into the run's tables; and their checksums."""
+def _restore_rows(
+  folder: pathlib.Path, meta: dict, run: Run, profile: Profile | None
+) -> Tables:
+  """Streams the rows into the run's tables and host store, and checks them."""
   plan, embedding = Plan.from_json(meta["plan"]), run.spec.embedding
   now, then = {}, {}
   if profile is not None:
     now = positions.of_groups(embedding.plan, profile)
     then = positions.of_groups(plan, profile)
+  stored, processes = None, meta["stored"]["processes"]
+  if processes:
+    stored = StoredItem(folder / "stored", processes)
+  items = checkpoint_reader.Items(folder / "tables", stored)
   found = {
     g.name: checkpoint_reader.StoredGroup(
-      path, plan.group(g.name), ["rows", *g.optimizer.slots]
+      items, plan.group(g.name), ["rows", *g.optimizer.slots]
     )
     for g in embedding.groups
   }
 
-  def rows(group: str, first: int, stop: int) -> TierArrays:
-    ranks = np.arange(first, stop)
+  def rows(group: str, at: np.ndarray) -> TierArrays:  # positions now [m]
     if group in now:
-      ranks = now[group].ranks_of(first, stop)
-    at = then[group].positions_of(ranks) if group in then else ranks
+      a, b = int(at[0]), int(at[-1]) + 1
+      at = now[group].ranks_of(a, b)[at - a]
+    at = then[group].positions_of(at) if group in then else at
     read = functools.partial(found[group].read, at=at)
     return TierArrays(
       read("rows"), {k: read(k) for k in found[group].names if k != "rows"}
     )
 
-  most = max(map(_row_bytes, embedding.groups))
   tables = tables_lib.fill(
-    run.state.tables, embedding, run.mesh, max(1, _BLOCK_BYTES // most), rows
+    run.state.tables,
+    embedding,
+    run.mesh,
+    block_rows(embedding),
+    lambda group, first, stop: rows(group, np.arange(first, stop)),
   )
-  sums = {
-    f"{group}.{name}": total
-    for group, of in found.items()
-    for name, total in of.sums().items()
-  }
-  return tables, sums
+  everywhere = _sums(found)
+  if run.store:
+    run.store.flush()
+    for g in embedding.visited:
+      _restore_stored(run.store.groups[g.name], _row_bytes(g), rows)
+    run.store.version += 1
+  _check_sums(found, everywhere, meta)
+  return tables
+
+
+def _restore_stored(stored: StoredRows, width: int, rows) -> None:
+  """Streams this process's rows of a group into its host store.
+
+  Args:
+    stored: of the group.
+    width: bytes of a row with its slot variables.
+    rows: (group, positions) -> their values.
+  """
+  step = max(1, _BLOCK_BYTES // width)
+  for first in range(0, stored.records, step):
+    records = np.arange(first, min(first + step, stored.records))
+    records = records[stored.holds_row(records)]
+    if len(records):
+      stored.write(records, rows(stored.name, stored.positions(records)))
+
+
+def _sums(found: dict[str, checkpoint_reader.StoredGroup]) -> dict[str, int]:
+  return {k: v for of in found.values() for k, v in of.sums().items()}
+
+
+def _check_sums(found, everywhere: dict[str, int], meta: dict) -> None:
+  """Raises ValueError where an array is not what was written.
+
+  Args:
+    found: what read the rows of each group.
+    everywhere: sums of what all processes read, whatever their owners.
+    meta: of the checkpoint.
+  """
+  want = {}
+  for of in found.values():
+    want |= of.wanted(meta["checksums"])
+  got = _sums(found)
+  mine = [got.get(k, 0) - everywhere.get(k, 0) for k in want]
+  totals = distributed.sum_over_processes(np.array(mine, np.int64) & 0xFFFFFFFF)
+  for key, total in zip(want, totals.tolist(), strict=True):
+    total = (everywhere.get(key, 0) + total) & 0xFFFFFFFF
+    if total != want[key]:
+      raise ValueError(
+        f"the checksum of {key} is {total}, {want[key]} was written"
+      )
+
+
+def block_rows(embedding: Embedding) -> int:
+  """Returns how many rows are read and written at a time, about."""
+  return max(1, _BLOCK_BYTES // max(map(_row_bytes, embedding.groups)))
 
 
 def _row_bytes(g: EmbeddingGroup) -> int:

@@ -1,6 +1,8 @@
 """Reading the arrays of a checkpoint, block by block."""
 
+import json
 import pathlib
+from typing import NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -12,6 +14,16 @@ def _open(path: pathlib.Path, name: str) -> ts.TensorStore:
   """Opens an array of an Orbax item, to read."""
   store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
   return ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
+
+
+def _open_stored(path: pathlib.Path, name: str) -> ts.TensorStore:
+  """Opens an array of stored rows, to read."""
+  spec = {
+    "driver": "zarr",
+    "kvstore": {"driver": "file", "path": f"{path / name}/"},
+    "fill_missing_data_reads": False,
+  }
+  return ts.open(spec, read=True).result()
 
 
 def check_readable(path: pathlib.Path) -> None:
@@ -27,33 +39,73 @@ def check_readable(path: pathlib.Path) -> None:
       _open(path, key.decode().removesuffix(suffix)).read().result()
 
 
-def _sum_of_words(x: np.ndarray) -> int:
-  """Returns the wrapping sum of an array's bits: damage changes it."""
+def sum_of_words(x: np.ndarray) -> int:
+  """Returns the wrapping sum of an array's bits, as a uint32."""
   words = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
   return int(words.sum(dtype=np.uint64)) & 0xFFFFFFFF
+
+
+def _part(path: pathlib.Path) -> dict[str, int]:
+  """Reads the checksums of what a process has written."""
+  try:
+    return {k: int(v) for k, v in json.loads(path.read_text())["sums"].items()}
+  except (ValueError, TypeError, KeyError, AttributeError) as e:
+    raise ValueError(f"{path} is not what was written ({e})") from e
+
+
+class StoredItem:
+  """The stored rows of a checkpoint: where they are, and their checksums."""
+
+  def __init__(self, path: pathlib.Path, processes: int):
+    """Reads what each of the processes that wrote it says of its part.
+
+    Raises:
+      OSError, ValueError: a part is missing or damaged.
+    """
+    self.path = path
+    self._parts = [_part(path / f"part.{i}.json") for i in range(processes)]
+
+  def sum_of(self, array: str) -> int:
+    """Returns the checksum of an array, "group.tier.name"."""
+    return sum(p[array] for p in self._parts) & 0xFFFFFFFF
+
+
+class Items(NamedTuple):
+  """The items of a checkpoint that hold rows."""
+
+  tables: pathlib.Path  # Orbax's, of the tiers in device memory
+  stored: StoredItem | None  # None where no rows are stored
 
 
 class StoredGroup:
   """The stored tiers of a group as one row space, in the order of positions."""
 
-  def __init__(self, path: pathlib.Path, group: Group, names: list[str]):
+  def __init__(self, items: Items, group: Group, names: list[str]):
     """Opens the arrays.
 
     Args:
-      path: of the Orbax item.
+      items: of the checkpoint.
       group: as it was stored.
       names: of the arrays: "rows" and slot variables.
     """
-    self.names, self._group = names, group
-    self._sums = dict.fromkeys(names, 0)
+    self.names, self._group, self._items = names, group, items
+    self._sums: dict[str, int] = {}
     self._arrays = {
-      (tier.name, name): self._array(path, tier, name)
+      (tier.name, name): self._array(tier, name)
       for tier in group.tiers
       for name in names
     }
 
-  def _array(self, path, tier: Tier, name: str):
-    array = _open(path, f"{self._group.name}.{tier.name}.{name}")
+  def _key(self, tier: Tier, name: str) -> str:
+    return f"{self._group.name}.{tier.name}.{name}"
+
+  def _array(self, tier: Tier, name: str):
+    key = self._key(tier, name)
+    if tier in self._group.stored:
+      if self._items.stored is None:
+        raise ValueError(f"it holds no {key}")
+      return _open_stored(self._items.stored.path, key)
+    array = _open(self._items.tables, key)
     # Replicas are stored in one piece, which every read would decode.
     return array if tier.axes else array.read().result()
 
@@ -65,28 +117,57 @@ class StoredGroup:
       if len(mine):
         parts.append((mine, self._part(tier, name, at[mine] - tier.first)))
     if len(parts) == 1 and len(parts[0][0]) == len(at):
-      values = parts[0][1]
-    else:
-      tier = self._group.tiers[0]
-      x = self._arrays[tier.name, name]
-      tail = x.shape[2 if tier.axes else 1 :]
-      values = np.zeros((len(at), *tail), np.dtype(x.dtype.name))
-      for mine, part in parts:
-        values[mine] = part
-    self._sums[name] += _sum_of_words(values)
+      return parts[0][1]
+    tier = self._group.tiers[0]
+    x = self._arrays[tier.name, name]
+    tail = x.shape[2 if tier.axes else 1 :]
+    values = np.zeros((len(at), *tail), np.dtype(x.dtype.name))
+    for mine, part in parts:
+      values[mine] = part
     return values
 
   def _part(self, tier: Tier, name: str, index: np.ndarray) -> np.ndarray:
     """Returns a tier's values at `index` [m], counted in the tier."""
-    x, n = self._arrays[tier.name, name], tier.owners
+    part = self._values(tier, self._arrays[tier.name, name], index)
+    stored = tier in self._group.stored
+    key = self._key(tier, name) if stored else f"{self._group.name}.{name}"
+    self._sums[key] = self._sums.get(key, 0) + sum_of_words(part)
+    return part
+
+  def _values(self, tier: Tier, x, index: np.ndarray) -> np.ndarray:
+    n = tier.owners
     if not tier.axes:
       return x[index]
-    a, b = int(index[0]), int(index[-1]) + 1
-    if np.array_equal(index, np.arange(a, b)):  # by far the faster
-      part = x[a // n : -(-b // n)].read().result()
-      return part.reshape(-1, *part.shape[2:])[a - a // n * n :][: b - a]
-    return x[index // n, index % n].read().result()
+    local, owner = np.divmod(index, n)
+    a, b = int(local[0]), int(local[-1]) + 1
+    lo, hi = int(owner.min()), int(owner.max()) + 1
+    within = (local - a) * (hi - lo) + owner - lo
+    # Neighbours, or a process's owners of the same mesh: by far the faster.
+    if np.all(np.diff(index) > 0) and 2 * len(index) > (b - a) * (hi - lo):
+      part = x[a:b, lo:hi].read().result()
+      part = part.reshape(-1, *part.shape[2:])
+      first, stop = int(within[0]), int(within[-1]) + 1
+      alone = stop - first == len(within)
+      return part[first:stop] if alone else part[within]
+    return x[local, owner].read().result()
 
   def sums(self) -> dict[str, int]:
-    """Returns the wrapping sum of the words of each array, as far as read."""
+    """Returns the wrapping sums of the words of all that was read.
+
+    By "group.array" of the tiers in device memory together, and by
+    "group.tier.array" of each stored one.
+    """
     return {k: v & 0xFFFFFFFF for k, v in self._sums.items()}
+
+  def wanted(self, sums: dict[str, int]) -> dict[str, int]:
+    """Returns what `sums` must be; sums: of the tiers in device memory."""
+    want = {}
+    for name in self.names:
+      key = f"{self._group.name}.{name}"
+      if self._group.resident:
+        want[key] = sums[key]
+      for tier in self._group.stored:
+        key = self._key(tier, name)
+        assert self._items.stored is not None
+        want[key] = self._items.stored.sum_of(key)
+    return want

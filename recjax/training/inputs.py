@@ -1,17 +1,15 @@
 """Batches of prepared data for a run: this process's parts, onto devices."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
 import jax
-import numpy as np
-from jax.sharding import Mesh
 
 from recjax.config import Config
 from recjax.data import batches as batches_lib
 from recjax.data.prepared import Prepared
-from recjax.mesh import batch_sharding
 from recjax.plan import positions
 from recjax.training.state import Run
 
@@ -39,6 +37,8 @@ def batches(
 ) -> grain.DatasetIterator:
   """Iterates over this process's parts of the run's batches, as numpy arrays.
 
+  Prepared: with what the host finds out ahead of the step.
+
   Args:
     run: whose plan says where the rows lie.
     prepared: the data set.
@@ -46,9 +46,8 @@ def batches(
     batch_size: local, b.
     **options: of `data.batches.dataset`: seed, epochs, shuffle_blocks, ...
   """
-  where = positions.of_batches(
-    run.spec.embedding.plan, prepared.profile, prepared.schema.features
-  )
+  plan = run.spec.embedding.plan
+  where = positions.of_batches(plan, prepared.profile, prepared.schema.features)
   return batches_lib.dataset(
     prepared,
     split,
@@ -56,6 +55,7 @@ def batches(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
     positions_of=where and where.of_batch,
+    then=functools.partial(run.prepare, training=split == "train"),
     **options,
   )
 
@@ -85,21 +85,38 @@ def training_batches(
   return data
 
 
-def scored_batches(
-  run: Run, prepared: Prepared
-) -> Iterator[dict[str, jax.Array]]:
+def fed(
+  data: grain.DatasetIterator, run: Run, steps: int
+) -> Iterator[tuple[dict[str, Any], dict]]:
+  """Iterates over the next `steps` batches on the run's mesh, one ahead.
+
+  Yields:
+    (a batch as `run.step` takes it, the state of `data` after it).
+  """
+
+  def one():
+    batch = next(data)
+    batch.pop("mask")
+    return run.place(batch), data.get_state()
+
+  yield from one_ahead(one() for _ in range(steps))
+
+
+def scored_batches(run: Run, prepared: Prepared) -> Iterator[dict[str, Any]]:
   """Iterates over the test split on the run's mesh, in order, padded."""
   size = run.spec.embedding.plan.batch_size // jax.process_count()
-  for batch in batches(run, prepared, "test", size):
-    yield to_devices(batch, run.mesh)
+  found = batches(run, prepared, "test", size)
+  yield from one_ahead(run.place(batch) for batch in found)
 
 
-def to_devices(
-  batch: dict[str, np.ndarray], mesh: Mesh
-) -> dict[str, jax.Array]:
-  """Puts a process's part of a batch onto the mesh, as global arrays."""
-  sharding = batch_sharding(mesh)
-  return {
-    name: jax.make_array_from_process_local_data(sharding, x)
-    for name, x in batch.items()
-  }
+def one_ahead(items: Iterable[Any]) -> Iterator[Any]:
+  """Yields items, each when the next one is there: what looks ahead."""
+  items = iter(items)
+  try:
+    item = next(items)
+  except StopIteration:
+    return
+  for following in items:
+    yield item
+    item = following
+  yield item

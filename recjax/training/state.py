@@ -11,6 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding
+from recjax.embedding.host_store import HostStore
 from recjax.embedding.tables import Tables
 from recjax.mesh import replicated
 
@@ -52,6 +53,12 @@ class Run(NamedTuple):
   step: Callable  # (state, batch) -> (state, metrics); state is donated
   forward: Callable  # (state, batch) -> (logits, labels, mask), [B] each
   identity: Identity
+  # (a process's part of a batch {name: NumPy array}, training) -> the same with
+  # what the host finds out ahead: its stored rows, its route.
+  prepare: Callable
+  # Puts such a batch onto the mesh, and begins to fetch its stored rows.
+  place: Callable
+  store: HostStore | None = None  # of stored rows, where there are any
 
 
 def state_specs(embedding: Embedding) -> TrainState:

@@ -7,7 +7,7 @@ import jax
 
 from recjax.config import Config
 from recjax.data.prepared import Prepared, copy_vocabulary
-from recjax.training import checkpoint, inputs, step_log
+from recjax.training import checkpoint, checksums, inputs, step_log
 from recjax.training.checkpoint import About
 from recjax.training.evaluate import evaluate
 from recjax.training.state import Run
@@ -45,16 +45,16 @@ def train(
 
   # ---- Loop
   plan, state = run.spec.embedding.plan, run.state
-  checksums = checkpoint.make_checksums(run.spec.embedding, run.mesh)
+  sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
     step_log.writer(workdir, first) as write,
   ):
 
-    def save(step):
-      sums = jax.device_get(checksums(state.tables))
-      about = About(run.identity, data.get_state(), config.seed, sums)
-      checkpoint.save(saver, step, state, plan, about)
+    def save(step, position):
+      sums = jax.device_get(sums_of(state.tables))
+      about = About(run.identity, position, config.seed, sums)
+      checkpoint.save(saver, step, run._replace(state=state), about)
 
     expected = plan.prediction.distinct_rows
     log = step_log.StepLog(
@@ -67,15 +67,14 @@ def train(
       saver=saver,
       directory=directory,
     )
-    for step in range(first + 1, steps + 1):
-      batch = next(data)
-      batch.pop("mask")
-      state, out = run.step(state, inputs.to_devices(batch, run.mesh))
+    feed = inputs.fed(data, run, steps - first)
+    for step, (batch, position) in enumerate(feed, first + 1):
+      state, out = run.step(state, batch)
       log.add(step, out)
       every = config.checkpoint.every_steps
       if step == steps or (every and step % every == 0):
         log.flush()  # a state whose loss is not finite is never saved
-        save(step)
+        save(step, position)
     saver.wait_until_finished()
 
     # ---- Evaluate

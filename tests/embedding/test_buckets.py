@@ -9,7 +9,7 @@ from helpers_exchange import NODE_PLANS, PLANS
 
 from recjax.embedding.buckets import buckets_of
 from recjax.errors import UserError
-from recjax.plan.plan import COLD, HOT, WARM, Plan
+from recjax.plan.plan import HOT, VISITORS, WARM, Plan
 
 ALL = PLANS | NODE_PLANS
 
@@ -51,12 +51,12 @@ def test_replicas_have_a_bucket_where_touched_gradients_are_gathered():
   plan = Plan(4, 4, (make("all_reduce", "a"), make("all_gather", "b")))
   known = buckets_of(plan)
   names = [(t.group, t.tier.name) for t in known.tiers]
-  assert names == [(0, WARM), (0, COLD), (1, WARM), (1, COLD), (1, HOT)]
+  assert names == [(0, WARM), (0, VISITORS), (1, WARM), (1, VISITORS), (1, HOT)]
   assert len(known.capacity) == 4 * 4 + 1
   assert known.gathered(0) is None
   hot = known.gathered(1)
   assert (hot.count, hot.rows, hot.united) == (1, 3, False)
-  assert [t.tier.name for t in known.sharded] == [WARM, COLD] * 2
+  assert [t.tier.name for t in known.sharded] == [WARM, VISITORS] * 2
 
 
 def test_who_is_asked_and_whether_peers_unite():

@@ -32,3 +32,29 @@ def test_coalesce_is_unique(size, most, seed):
   assert np.all(distinct[len(want) :] == NONE)
   np.testing.assert_array_equal(index, inverse)
   assert (distinct.dtype, index.dtype) == (np.int32, np.int32)
+
+
+@functools.cache
+def places(queries, keys):
+  """The way of CPUs, and that of accelerators."""
+  del queries, keys
+  ways = coalesce_lib.places_of, coalesce_lib.places_in_two_steps
+  return jax.jit(lambda *x: [way(*x) for way in ways])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+  st.sampled_from([1, 3]),
+  st.sampled_from([1, 2, 3, 16, 17, 80]),
+  st.sampled_from([1, 5, 1_000]),
+  st.integers(0, 2**32),
+)
+def test_places_are_how_many_keys_are_below(queries, size, most, seed):
+  rng = np.random.default_rng(seed)
+  draw = lambda n: rng.integers(0, most, n, np.int32, endpoint=True)
+  keys, asked = np.sort(draw(size)), draw(queries)
+  keys[size - rng.integers(0, size + 1) :] = NONE
+  asked[rng.random(queries) < 0.2] = NONE
+  for got in places(queries, size)(asked, keys):
+    np.testing.assert_array_equal(got, np.searchsorted(keys, asked))
+    assert got.dtype == np.int32

@@ -271,8 +271,9 @@ def test_ids_of_all_groups_and_tiers_travel_in_one_all_to_all(capacity):
     for p in parts
   )  # fmt: skip
   case, plan = dense.Case(parts, features), Plan(8, dense.BATCH, groups)
-  spec, mesh, state = dense.build(case, plan)
-  lowered, _ = step_lib.lower(spec, mesh, state.params, dense.DENSE)
+  run = dense.build(case, plan)
+  params = run.state.params
+  lowered, _ = step_lib.lower(run.spec, run.mesh, params, dense.DENSE)
   text = lowered.compile(helpers.FAST).as_text()
   found = re.findall(r"= \(?s32\[.*? all-to-all\(.*", text)
   loops = [line for line in found if "/while/" in line]

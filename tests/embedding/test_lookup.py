@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from recjax.embedding import lookup, optimizers, tables, update
 from recjax.embedding.embedding import make_embedding
-from recjax.embedding.tables import TierArrays
+from recjax.embedding.optimizers import TierArrays
 from recjax.mesh import batch_sharding, make_mesh
 from recjax.plan.plan import Plan
 from recjax.schema import AXES, Feature, columns_of
@@ -122,6 +122,7 @@ def check_read(plan, ids):
   The gradients are the activations: a row that is used k times moves by
   -0.1 k of itself.
   """
+  plan = helpers.as_seen(plan)
   seen = reader(plan)(ids)
   rows = helpers.in_rank_order(seen.tables, plan)
   for g, mine in zip(plan.groups, ids, strict=True):

@@ -1,5 +1,7 @@
 """Pooling against a loop, and its transpose against JAX's."""
 
+from unittest import mock
+
 import hypothesis.strategies as st
 import jax
 import numpy as np
@@ -92,3 +94,24 @@ def test_masks_of_sequences(features, seed):
   for name, at in columns_of(features).items():
     if name in masks:
       np.testing.assert_array_equal(masks[name], ids[:, at] >= 0)
+
+
+@settings(deadline=None, max_examples=20)
+@given(lists_of_features(), st.integers(0, 99), st.integers(0, 3))
+def test_gradients_are_added_in_parts_as_at_once(features, seed, samples):
+  """In parts of a sample, of two and a rest, and of all (B = 3)."""
+  ids, weights, _ = arrays(features, seed)
+  size = sum(f.activations for f in features)
+  rng = np.random.default_rng(seed)
+  gradients = rng.standard_normal((B, size, DIM)).astype(np.float32)
+  total = rng.standard_normal((4, DIM)).astype(np.float32)
+  at = rng.integers(0, 6, ids.size).astype(np.int32)
+  coef = pooling.coefficients(ids, weights, features)
+  rows = np.asarray(pooling.spread(gradients, coef, features))
+  want = np.concatenate([total, np.zeros((2, DIM), np.float32)])
+  np.add.at(want, at, rows.reshape(-1, DIM))
+  one = 4 * ids.shape[1] * DIM  # bytes of a sample's rows
+  with mock.patch.object(pooling, "_PART_BYTES", max(1, samples * one)):
+    run = jax.jit(lambda *x: pooling.add_spread(*x, features))
+    got = run(total, at, gradients, coef)
+  np.testing.assert_allclose(got, want[:4], rtol=1e-5, atol=1e-6)

@@ -52,7 +52,8 @@ def shape(x):
 
 def traced(f, plan):
   """What f(tables, batch) returns on a device, as shapes."""
-  spec, mesh, state = dense.build(CASE, plan)
+  run = dense.build(CASE, plan)
+  spec, mesh = run.spec, run.mesh
   batch = {
     "ids": jax.ShapeDtypeStruct((plan.batch_size, 8), jnp.int32),
     "weights": jax.ShapeDtypeStruct((plan.batch_size, 8), jnp.float32),
@@ -63,14 +64,18 @@ def traced(f, plan):
     found.append(jax.tree.map(shape, f(spec.embedding, tables, batch)))
     return jnp.zeros(())
 
-  run = jax.shard_map(
+  f_of_all = jax.shard_map(
     inside,
     mesh=mesh,
-    in_specs=(tables.specs(spec.embedding), PartitionSpec(AXES)),
+    in_specs=(
+      tables.specs(spec.embedding, visitors=True),
+      PartitionSpec(AXES),
+    ),
     out_specs=PartitionSpec(),
     check_vma=False,
   )
-  jax.eval_shape(run, state.tables, batch)
+  shapes = tables.shapes(spec.embedding, visitors=True)
+  jax.eval_shape(f_of_all, shapes, batch)
   return found[0]
 
 
@@ -125,7 +130,7 @@ def test_the_update_gives_tables_of_the_same_shapes(nodes):
   assert new == old
   assert rounds == ((), "int32")
   for part, group in zip(PARTS, plan.groups, strict=True):
-    for tier in group.tiers:
+    for tier in group.on_device:
       arrays = new[part.name][tier.name]
       rows = (tier.shard_rows, 1) if tier.axes else (tier.rows,)
       assert arrays.rows == ((*rows, part.dim), part.dtype)
@@ -137,7 +142,7 @@ def test_the_update_gives_tables_of_the_same_shapes(nodes):
 
 def test_masks_are_those_of_sequences():
   plan = plan_of({})
-  spec, *_ = dense.build(CASE, plan)
+  spec = dense.build(CASE, plan).spec
   ids = np.full((2, 8), -1, np.int32)
   ids[0, 4] = 7  # c is columns 4 and 5
   masks = lookup.masks(spec.embedding, jnp.asarray(ids))

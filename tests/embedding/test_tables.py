@@ -1,5 +1,6 @@
 """The same rows under every plan and mesh, where they belong."""
 
+import dataclasses
 import functools
 
 import helpers
@@ -8,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from recjax.embedding import optimizers, tables
+from recjax.embedding import host_store, optimizers, tables
 from recjax.embedding.embedding import make_embedding
+from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.row_random import initial_rows
-from recjax.embedding.tables import TierArrays
 from recjax.mesh import make_mesh
 from recjax.plan.plan import HOT, Plan
 from recjax.schema import AXES, DEVICE, Feature
@@ -68,7 +69,9 @@ def fresh(name, optimizer="rowwise_adagrad", scale=0.25, seed=3):
   plan = make_plan(*PLANS[name])
   mesh = make_mesh(plan.devices, plan.node_devices)
   embedding = embedding_of(plan, optimizer, seed)
-  return embedding, mesh, tables.init(embedding, mesh, scale)
+  store = host_store.HostStore(embedding, range(plan.devices))
+  host_store.init(store, embedding, scale)
+  return embedding, mesh, tables.init(embedding, mesh, scale), store
 
 
 # ---- Init
@@ -76,9 +79,9 @@ def fresh(name, optimizer="rowwise_adagrad", scale=0.25, seed=3):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_first_rows_are_the_same_under_every_plan_and_mesh(name):
-  embedding, _, t = fresh(name)
-  _, _, other = fresh("hot")
-  got = helpers.in_rank_order(t, embedding.plan)
+  embedding, _, t, store = fresh(name)
+  _, _, other, _ = fresh("hot")
+  got = helpers.in_rank_order(t, embedding.plan, store)
   assert got["g"].rows.shape == (ROWS, DIM)
   np.testing.assert_array_equal(got["g"].rows, other["g"][HOT].rows)
   for g in embedding.groups:
@@ -95,8 +98,8 @@ def test_first_rows_are_the_same_under_every_plan_and_mesh(name):
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_shards_lie_with_their_owners_in_the_right_memory(name):
-  embedding, mesh, t = fresh(name, "adam")
+def test_shards_lie_with_their_owners(name):
+  embedding, mesh, t, store = fresh(name, "adam")
   plan = embedding.plan
   placed = tables.shardings(embedding, mesh)
   jax.tree.map(
@@ -104,20 +107,18 @@ def test_shards_lie_with_their_owners_in_the_right_memory(name):
     t,
     placed,
   )
-  device = jax.devices()[0].default_memory().kind
-  axes = {"hot": None, "warm": AXES, "cold": AXES}
+  axes = {"hot": None, "warm": AXES}
   if "copies" in name:
     axes["warm"] = DEVICE
-  want = helpers.in_rank_order(t, plan)
+  want = helpers.in_rank_order(t, plan, store)
   for group in plan.groups:
-    for tier in group.tiers:
+    for tier in group.resident:
       arrays = t[group.name][tier.name]
       where = PartitionSpec()
       if axes[tier.name]:
         where = PartitionSpec(None, axes[tier.name])
-      kind = "pinned_host" if tier.name == "cold" else device
       for x in jax.tree.leaves(arrays):
-        assert x.sharding == NamedSharding(mesh, where, memory_kind=kind)
+        assert x.sharding == NamedSharding(mesh, where)
       if not axes[tier.name]:
         continue
       # Rank r of a tier is local row r // n of owner r % n, in every node of
@@ -138,8 +139,11 @@ def test_shards_lie_with_their_owners_in_the_right_memory(name):
 
 def test_bfloat16_rows_have_float32_slots():
   plan, mesh = make_plan(2, 3, 11, rows=40, dtype="bfloat16"), make_mesh(2)
-  t = tables.init(embedding_of(plan, "adam", seed=0), mesh, 1.0)
-  got = helpers.in_rank_order(t, plan)["g"]
+  embedding = embedding_of(plan, "adam", seed=0)
+  store = host_store.HostStore(embedding, range(2))
+  host_store.init(store, embedding, 1.0)
+  t = tables.init(embedding, mesh, 1.0)
+  got = helpers.in_rank_order(t, plan, store)["g"]
   assert got.rows.dtype == "bfloat16"
   assert {s.dtype.name for s in got.slots.values()} == {"float32"}
   want = initial_rows(np.arange(40), DIM, 1.0, 0).astype("bfloat16")
@@ -151,7 +155,7 @@ def test_bfloat16_rows_have_float32_slots():
 
 def asked_and_filled(name, block_rows):
   """The ranges that fill asks for, by group, and the tables it returns."""
-  embedding, mesh, _ = fresh(name)
+  embedding, mesh, *_ = fresh(name)
   t = tables.init(embedding, mesh, 0.25)
   asked = {g.name: [] for g in embedding.groups}
   dims = {g.name: g.dim for g in embedding.groups}
@@ -167,12 +171,24 @@ def asked_and_filled(name, block_rows):
   return embedding, mesh, asked, t
 
 
+def on_devices(plan: Plan) -> Plan:
+  """The plan without its stored rows, which are not `fill`'s."""
+  groups = tuple(
+    dataclasses.replace(g, tiers=g.resident, visitors=None) for g in plan.groups
+  )
+  return dataclasses.replace(plan, groups=groups)
+
+
 @pytest.mark.parametrize("block_rows", [100, 10_000])
 @pytest.mark.parametrize("name", PLANS)
 def test_fill_writes_every_rank_once_in_bounded_blocks(name, block_rows):
   embedding, mesh, asked, t = asked_and_filled(name, block_rows)
-  got = helpers.in_rank_order(t, embedding.plan)
-  for g in embedding.plan.groups:
+  plan = on_devices(embedding.plan)
+  got = helpers.in_rank_order(t, plan)
+  for g in plan.groups:
+    if not g.tiers:
+      assert not asked[g.name]
+      continue
     want = np.arange(g.rows * g.dim, dtype=np.float32).reshape(g.rows, g.dim)
     np.testing.assert_array_equal(got[g.name].rows, want)
     acc = got[g.name].slots["acc"]
@@ -189,13 +205,12 @@ def test_fill_writes_every_rank_once_in_bounded_blocks(name, block_rows):
 
 def test_fill_writes_in_place():
   """Its program aliases the tier, and needs a block, not a tier, more."""
-  for name in ("hot", "warm", "cold"):
+  for name in ("hot", "warm"):
     plan = make_plan(*PLANS[name], dim=64)
     mesh = make_mesh(plan.devices)
     embedding = embedding_of(plan)
     (tier,) = plan.groups[0].tiers
-    kind = tables.shardings(embedding, mesh)["g"][name].rows.memory_kind
-    write = tables.block_writer(tier, ("acc",), mesh, kind)
+    write = tables.block_writer(tier, ("acc",), mesh)
     t = tables.init(embedding, mesh, 0.25)["g"][name]
     block = jax.tree.map(lambda x: np.zeros((8, *x.shape[1:]), x.dtype), t)
     memory = write.lower(t, block, np.int32(0)).compile().memory_analysis()

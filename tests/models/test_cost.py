@@ -52,21 +52,23 @@ def test_numbers_are_what_they_were():
   model = config.Model(name="dlrm")
   found = [build.cost(model, n, KAGGLE, 16) for n in (13, 0)]
   assert found == [
-    DenseCost(params=475_985, flops=972_064, floats=2_778),
-    DenseCost(params=298_497, flops=617_088, floats=1_861),
+    DenseCost(params=475_985, flops=972_064, floats=2_778, inputs=416),
+    DenseCost(params=298_497, flops=617_088, floats=1_861, inputs=416),
   ]
   model = config.Model(name="dcnv2", cross_rank=8)
   found = [build.cost(model, n, KAGGLE, 16) for n in (13, 0)]
   assert found == [
-    DenseCost(params=531_297, flops=1_056_768, floats=4_665),
-    DenseCost(params=366_305, flops=728_576, floats=3_705),
+    DenseCost(params=531_297, flops=1_056_768, floats=4_665, inputs=416),
+    DenseCost(params=366_305, flops=728_576, floats=3_705, inputs=416),
   ]
 
 
 def test_projections_are_counted():
-  assert cost.projections(KAGGLE, 16) == DenseCost()
+  assert cost.projections(KAGGLE, 16) == DenseCost(inputs=26 * 16)
   # Of C1 and of the two vectors of C3.
-  expected = DenseCost(2 * 4 + 7 * 4, 2 * (2 * 4 + 2 * 7 * 4), 4 + 2 * 4)
+  expected = DenseCost(
+    2 * 4 + 7 * 4, 2 * (2 * 4 + 2 * 7 * 4), 4 + 2 * 4, 2 + 3 * 4 + 2 * 7
+  )
   assert cost.projections(MIXED, 4) == expected
 
 

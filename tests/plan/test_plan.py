@@ -167,8 +167,12 @@ def test_tiers_by_hand():
   assert warm.shard_rows == shard_rows(300, 4) == 75
   assert (warm.first, warm.stop, cold.first, cold.stop) == (10, 310, 310, 1_000)
   assert (hot.memory, warm.memory, cold.memory) == ("device", "device", "host")
-  assert (hot.capacity, warm.capacity, cold.capacity) == (0, 5, 7)
-  assert [t.node_capacity for t in group.tiers] == [0, 9, 11]
+  visitors = group.visitors
+  assert group.on_device == (hot, warm, visitors)
+  assert (visitors.first, visitors.owners, visitors.axes) == (310, 8, AXES)
+  assert visitors.shard_rows == cold.shard_rows  # all of them may visit
+  assert (hot.capacity, warm.capacity, visitors.capacity) == (0, 5, 7)
+  assert [t.node_capacity for t in group.on_device] == [0, 9, 11]
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,32 @@ def test_bytes_by_hand():
   assert (c.sent(4), c.sent(4, 2)) == (16, 8)
 
 
-def test_asynchronous_collectives_are_refused():
-  with pytest.raises(ValueError, match="asynchronous"):
-    compiled_collectives.of_step(line("f32[4]", "all-gather-start", ""), 4)
+@pytest.mark.parametrize(
+  ("result", "kind", "shapes"),
+  [
+    # As XLA writes them for GPUs (jax 0.10 and 0.12) and for TPUs.
+    ("f32[7]{0}", "all-reduce", (("f32", (7,)),)),
+    ("((f32[7]{0}), f32[7]{0})", "all-reduce", (("f32", (7,)),)),
+    (
+      "((f32[8,4,128]{2,1,0}), f32[8,4,128]{2,1,0})",
+      "all-to-all",
+      (("f32", (8, 4, 128)),),
+    ),
+    (
+      "((s32[4]{0:T(128)}, f32[2]{0}), (s32[4]{0:T(128)}, f32[2]{0}), u32[])",
+      "all-reduce",
+      (("s32", (4,)), ("f32", (2,))),
+    ),
+    ("(f32[1,8]{1,0}, f32[4,8]{1,0})", "all-gather", (("f32", (4, 8)),)),
+    (
+      "(s32[8]{0:T(128)}, s32[8]{0:T(128)}, u32[]{:S(2)}, u32[]{:S(2)})",
+      "collective-permute",
+      (("s32", (8,)),),
+    ),
+  ],
+)
+def test_asynchronous_collectives_give_their_results(result, kind, shapes):
+  text = line(result, f"{kind}-start", "replica_groups={{0,1,2,3}}")
+  done = line(result, f"{kind}-done", "")
+  (c,) = compiled_collectives.of_step(f"{text}\n{done}", 4)
+  assert (c.kind, c.shapes) == (kind, shapes)

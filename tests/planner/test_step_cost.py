@@ -123,7 +123,7 @@ def test_serving_needs_less():
   train, serve = (step_cost.host_seconds([part], t) for part in parts)
   for term in ("SSD", "host memory"):
     assert 2 * serve[term] == pytest.approx(train[term])
-  assert sent["host"] == 2e6 * SHAPE.stored_bytes
+  assert sent["host"] == 2e6 * (SHAPE.stored_bytes + 8)
 
 
 def test_stored_rows_come_and_go_beside_the_step():
@@ -143,10 +143,10 @@ def test_stored_rows_come_and_go_beside_the_step():
     {
       "SSD": 2 * 50 * 4096 / 1e8 + 2e-2,  # eight devices share the SSDs
       "host memory": 2 * 1e3 * row / 1e9,
-      "host link": 1e3 * (2 * row + 4) / 1e9 + 2e-3,
+      "host link": 1e3 * (2 * row + 8) / 1e9 + 2e-3,
     }
   )
-  assert sent_by(SHAPE, asked)["host"] == 1e3 * (2 * row + 4)
+  assert sent_by(SHAPE, asked)["host"] == 1e3 * (2 * row + 8)
   terms, way = seconds_of(SHAPE, t, asked), sum(found.values())
   step = sum(step_cost.device_seconds([Part(SHAPE, asked)], t).values())
   assert step < way
@@ -168,11 +168,11 @@ def test_visitors_take_three_times_their_rows_of_a_device():
   sizes = {"hot": 0, "warm_shard": 0, "buffers": 0.0}
   found = step_cost.device_bytes(SHAPE, **sizes, visitors=1e3)
   none = step_cost.device_bytes(SHAPE, **sizes)
-  assert found["visitors"] == 1e3 * (3 * SHAPE.stored_bytes + 4)
+  assert found["visitors"] == 1e3 * (3 * SHAPE.stored_bytes + 16)
   assert none == found | {"visitors": 0.0}
   served = dataclasses.replace(SHAPE, train=False)
   found = step_cost.device_bytes(served, **sizes, visitors=1e3)
-  assert found["visitors"] == 2e3 * SHAPE.stored_bytes
+  assert found["visitors"] == 1e3 * (2 * SHAPE.stored_bytes + 16)
 
 
 def test_one_device_sends_only_to_its_host():
@@ -298,3 +298,30 @@ def test_groups_share_the_launch_and_the_latencies_of_requests():
   for bytes_of in (traffic.sent_bytes, traffic.network_bytes):
     each = [bytes_of([part]) for part in parts]
     assert bytes_of(parts) == pytest.approx(traffic.total(each))
+
+
+# ---- Memory
+
+
+def memory(**kw):
+  counts = {"hot": 40.0, "warm_shard": 50.0, "buffers": 0.0} | kw
+  return step_cost.device_bytes(SHAPE, **counts)
+
+
+def test_replicas_gradients_are_a_tier_or_what_all_devices_share():
+  n, row = SHAPE.devices, 4 * SHAPE.dim
+  assert memory()["gradients"] == 40 * (row + 4)
+  assert memory(gathered=3.0)["gradients"] == n * 3 * (24 + row)
+
+
+def test_tiles_pad_what_is_worked_on_and_not_what_is_stored():
+  plain, tiled = memory(gathered=3.0), memory(gathered=3.0, lanes=128)
+  padded = 4 * 128 * -(-SHAPE.dim // 128)
+  assert tiled["gradients"] == SHAPE.devices * 3 * (24 + padded)
+  for kind in ("replicas", "tables", "slot variables", "dense"):
+    assert tiled[kind] == plain[kind]
+
+
+def test_a_bag_of_rows_is_held_by_some():
+  more = memory(bag=7)["activations"] - memory()["activations"]
+  assert more == SHAPE.local * 7 * 4 * SHAPE.dim

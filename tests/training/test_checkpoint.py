@@ -1,5 +1,6 @@
 """Saved while training goes on, restored onto any mesh and plan, or refused."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -116,26 +117,49 @@ CHECKED = {
 }
 
 
+def sum_of(x):
+  return int(x.view(f"u{x.dtype.itemsize}").sum(dtype=np.uint64)) % 2**32
+
+
 @pytest.mark.parametrize(
   ("which", "name"),
   [(k, name) for k, names in CHECKED.items() for name in names],
 )
-def test_checksums_are_those_of_the_ranks(which, name, request):
+def test_checksums_are_those_of_the_resident_ranks(which, name, request):
   directory, want = request.getfixturevalue(which)
   got = sums_of(restore(directory, name))
   keys = set()
-  for group, of in want[SAVED][1].items():
-    for key, x in {"rows": of.rows, **of.slots}.items():
-      total = x.view(f"u{x.dtype.itemsize}").sum(dtype=np.uint64)
-      assert int(got[f"{group}.{key}"]) == int(total) % 2**32
-      keys.add(f"{group}.{key}")
+  for group in make_plan(name).groups:
+    if group.resident:
+      of, stop = want[SAVED][1][group.name], group.resident[-1].stop
+      for key, x in {"rows": of.rows, **of.slots}.items():
+        assert int(got[f"{group.name}.{key}"]) == sum_of(x[:stop])
+        keys.add(f"{group.name}.{key}")
   assert set(got) == keys
+
+
+@pytest.mark.parametrize("name", ["mixed", "groups"])
+def test_checksums_of_stored_tiers_are_those_of_their_ranks(name, request):
+  saved = {"mixed": "saved", "groups": "saved_groups"}[name]
+  directory, want = request.getfixturevalue(saved)
+  part = directory / str(SAVED) / "stored" / "part.0.json"
+  got = json.loads(part.read_text())["sums"]
+  keys = set()
+  for group in make_plan(name).groups:
+    for tier in group.stored:
+      of = want[SAVED][1][group.name]
+      for key, x in {"rows": of.rows, **of.slots}.items():
+        key = f"{group.name}.{tier.name}.{key}"
+        assert got[key] == sum_of(x[tier.first : tier.stop])
+        keys.add(key)
+  assert keys == set(got) != set()
 
 
 def test_bfloat16_rows(tmp_path):
   plan = make_plan("mixed", g={"dtype": "bfloat16"})
   run = fresh(plan, seed=3)
-  assert run.state.tables["g"]["cold"].rows.dtype == "bfloat16"
+  assert run.state.tables["g"]["warm"].rows.dtype == "bfloat16"
+  assert run.store.groups["g"].parts[0].rows.dtype == "bfloat16"
   want = in_rank_order(run)[1]
   with checkpoint.manager(tmp_path) as to:
     save(to, 1, run)
@@ -152,6 +176,7 @@ def spied(monkeypatch):
 
   def spy(self, name, at):
     got = read(self, name, at)
+    assert np.all(np.diff(at) == 1)
     asked.append((self._group.name, name, at[0], at[-1] + 1, got.nbytes))
     return got
 
@@ -200,11 +225,11 @@ import pathlib, re, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import helpers, numpy as np, optax
-from recjax.embedding import optimizers, tables
+from recjax.embedding import host_store, optimizers, tables
 from recjax.embedding.embedding import make_embedding
 from recjax.mesh import make_mesh, replicated
 from recjax.schema import Feature
-from recjax.training import checkpoint
+from recjax.training import checkpoint, checksums, visiting
 from recjax.training.state import Identity, Run, StepSpec, TrainState
 
 rows, dim = 1_000_000, 32
@@ -225,7 +250,9 @@ def run_of(devices, hot, warm_end):
   w = {"w": jax.device_put(np.ones(3, np.float32), replicated(mesh))}
   t = tables.init(embedding, mesh, 0.5)
   state = TrainState(zero, w, spec.dense_optimizer.init(w), t)
-  return Run(spec, mesh, state, None, None, identity)
+  store = visiting.make_store(spec, mesh)
+  host_store.init(store, embedding, 0.5)
+  return Run(spec, mesh, state, None, None, identity, None, None, store)
 
 def most():
   # Not ru_maxrss, which a child inherits.
@@ -234,11 +261,11 @@ def most():
 
 if sys.argv[1] == "save":
   run = run_of(2, 0, 500_000)
-  checksums = checkpoint.make_checksums(run.spec.embedding, run.mesh)
-  sums = jax.device_get(checksums(run.state.tables))
+  sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
+  sums = jax.device_get(sums_of(run.state.tables))
   about = checkpoint.About(identity, {}, 0, sums)
   with checkpoint.manager(directory) as to:
-    checkpoint.save(to, 1, run.state, run.spec.embedding.plan, about)
+    checkpoint.save(to, 1, run, about)
 else:
   jax.block_until_ready(jax.device_put(np.ones(3)))
   meta = checkpoint.read_meta(directory, 1)

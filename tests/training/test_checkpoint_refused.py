@@ -71,6 +71,14 @@ DAMAGES = {
   "tables_file_deleted": lambda d: largest_file(d / "tables").unlink(),
   "tables_deleted": lambda d: shutil.rmtree(d / "tables"),
   "index_deleted": lambda d: (d / "tables" / "manifest.ocdbt").unlink(),
+  "stored_truncated": lambda d: truncate(largest_file(d / "stored")),
+  "stored_flipped": lambda d: flip_middle(largest_file(d / "stored")),
+  "stored_file_deleted": lambda d: largest_file(d / "stored").unlink(),
+  "stored_deleted": lambda d: shutil.rmtree(d / "stored"),
+  "stored_array_deleted": lambda d: shutil.rmtree(d / "stored/g.cold.v"),
+  "stored_part_deleted": lambda d: (d / "stored/part.0.json").unlink(),
+  "stored_part_garbage": lambda d: truncate(d / "stored/part.0.json"),
+  "stored_part_other": lambda d: (d / "stored/part.0.json").write_text("[]"),
   "dense_truncated": lambda d: truncate(largest_file(d / "dense")),
   "dense_flipped": lambda d: flip_middle(largest_file(d / "dense")),
   "dense_file_deleted": lambda d: largest_file(d / "dense").unlink(),
@@ -113,7 +121,7 @@ def test_damaged_checkpoint(damage, copied, saved):
   # The way out works: the one before is there and whole.
   shutil.rmtree(copied / str(SAVED))
   assert checkpoint.newest(copied) == OLDER
-  if damage == "tables_flipped":
+  if damage in ("tables_flipped", "stored_flipped"):
     run = restore(copied, "mixed", OLDER)
     assert_same(in_rank_order(run), saved[1][OLDER])
 
@@ -124,21 +132,26 @@ def test_damaged_checkpoint_of_groups(damage, copied_groups, saved_groups):
   check_damaged(copied_groups, "groups_2_apart")
 
 
-@pytest.mark.parametrize("array", ["g.cold.v", "h.hot.acc", "b.warm.rows"])
-def test_an_array_of_any_group_is_checked(array, copied_groups):
+@pytest.mark.parametrize(
+  ("item", "array", "named"),
+  [
+    ("stored", "g.cold.v", "g.cold.v"),
+    ("tables", "h.hot.acc", "h.acc"),
+    ("tables", "b.warm.rows", "b.rows"),
+  ],
+)
+def test_an_array_of_any_group_is_checked(item, array, named, copied_groups):
   """One of its numbers is another one, and every file of it is readable."""
-  path, (group, _, name) = (
-    copied_groups / str(SAVED) / "tables",
-    array.split("."),
-  )
-  overwrite_one(path, array)
+  overwrite_one(copied_groups / str(SAVED) / item, array)
   message = check_damaged(copied_groups, "groups")
-  assert f"'{group}.{name}'" in message
+  assert f"the checksum of {named} is " in message
 
 
 def overwrite_one(path, array):
-  """Adds 1 to the first number of a stored array."""
+  """Adds 1 to the first number of an array."""
   store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{array}/"}
+  if path.name == "stored":
+    store = {"driver": "file", "path": f"{path / array}/"}
   spec = {"driver": "zarr", "kvstore": store}
   opened = ts.open(spec, open=True).result()
   first = (0,) * len(opened.shape)
@@ -148,7 +161,7 @@ def overwrite_one(path, array):
 # Orbax leaves the other arrays' coroutines behind where one fails.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("item", ["tables", "dense", "meta"])
+@pytest.mark.parametrize("item", ["tables", "stored", "dense", "meta"])
 def test_a_flipped_byte_is_noticed_or_nobody_reads_it(item, copied, saved):
   """In any file: refused, or restored bit for bit."""
   rng, refused = np.random.default_rng(0), 0
@@ -204,7 +217,7 @@ def test_a_checkpoint_of_another_version_is_not_read(copied):
   path = copied / str(SAVED) / "meta" / "metadata"
   whole = json.loads(path.read_text())
   older = {k: v for k, v in whole.items() if k not in ("version", "digest")}
-  for version, meta in ((1, older), (3, whole | {"version": 3})):
+  for version, meta in ((1, older), (4, whole | {"version": 4})):
     path.write_text(json.dumps(meta))
     for read in (checkpoint.read_meta, restore):
       args = (
@@ -213,7 +226,7 @@ def test_a_checkpoint_of_another_version_is_not_read(copied):
       message = error_of(read, *args)
       assert message == (
         f"checkpoint {SAVED} in {copied} has version {version}, this recjax "
-        "reads version 2: use the recjax that wrote it, or another --workdir"
+        "reads version 3: use the recjax that wrote it, or another --workdir"
       )
 
 

@@ -8,64 +8,7 @@ import helpers
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from recjax.plan.plan import Plan
-from recjax.schema import Feature
-
-ROWS = 203
-FEATURES = {
-  "one_hot": (Feature("a", "a"), Feature("b", "b"), Feature("c", "c")),
-  "multi_hot_mean": (
-    Feature("a", "a"),
-    Feature("bag", "b", hotness=4, pooling="mean"),
-    Feature("list", "c", hotness=3, pooling="none"),
-  ),
-  "weighted": (
-    Feature("a", "a", hotness=3, weighted=True),
-    Feature("b", "b", hotness=4, pooling="mean", weighted=True),
-  ),
-  "shared_table": (
-    Feature("a", "t", hotness=2),
-    Feature("b", "t"),
-    Feature("c", "t", hotness=3, pooling="mean"),
-  ),
-}
-# hot and warm rows of a plan; the rest is cold
-TIERS = {
-  "hot": (ROWS, 0),
-  "warm": (0, ROWS),
-  "cold": (0, 0),
-  "mixed": (10, 61),
-  "hot_gathered": (ROWS, 0),
-  "mixed_gathered": (10, 61),
-}
-
-
-def case_of(kind, optimizer="sgd", dtype="float32") -> dense.Case:
-  """One group of all tables."""
-  features = FEATURES[kind]
-  names = tuple(dict.fromkeys(f.table for f in features))
-  part = dense.Part("g", names, ROWS, 8, optimizer, dtype)
-  return dense.Case((part,), features)
-
-
-def plan_of(case, devices, tiers, capacity=0, **kw) -> Plan:
-  """All groups of a case in the same tiers."""
-  hot, warm = TIERS[tiers]
-  groups = tuple(
-    helpers.make_group(
-      devices,
-      hot=hot,
-      warm=warm,
-      capacity=capacity,
-      hot_sync="all_gather" if "gathered" in tiers else "all_reduce",
-      **part._asdict(),
-      **kw,
-    )
-    for part in case.parts
-  )
-  return Plan(devices, dense.BATCH, groups, kw.get("node_devices", 0))
-
+from helpers_cases import FEATURES, ROWS, TIERS, case_of, plan_of
 
 # ---- Four optimizers at once: a group each, with features of another kind
 
@@ -215,12 +158,12 @@ def test_several_nodes_equal_one_dense_table(
 def test_bfloat16_exchange_stays_close(nodes):
   case = case_of("one_hot")
   plan = plan_of(case, 8, "mixed", **nodes)
-  _, state, _ = dense.train(case, plan, wire_dtype=jnp.bfloat16)
+  _, run, _ = dense.train(case, plan, wire_dtype=jnp.bfloat16)
   rows = dense.wanted(case)[1][0]["g"][0]
-  got = helpers.in_rank_order(state.tables, plan)["g"].rows
+  got = dense.by_rank(case, run)["g"].rows
   assert not np.array_equal(got, rows)
   np.testing.assert_allclose(got, rows, atol=2e-2)
-  helpers.check_copies(state.tables)
+  helpers.check_copies(run.state.tables)
 
 
 @pytest.mark.slow
@@ -232,9 +175,8 @@ def test_bfloat16_rows_are_the_same_on_every_mesh_and_near_float32(tiers):
   case = case_of("one_hot", dtype="bfloat16")
   for devices in (1, 8):
     plan = plan_of(case, devices, tiers, **(nodes if devices > 1 else {}))
-    _, state, _ = dense.train(case, plan)
-    rows = helpers.in_rank_order(state.tables, plan)["g"].rows
-    got.append(rows.astype(np.float32))
+    _, run, _ = dense.train(case, plan)
+    got.append(dense.by_rank(case, run)["g"].rows.astype(np.float32))
   # A rare sum on a rounding edge may fall to the other side.
   assert np.mean(got[0] != got[1]) < 0.01
   rows = dense.wanted(case_of("one_hot"))[1][0]["g"][0]

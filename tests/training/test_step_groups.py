@@ -10,7 +10,6 @@ import pytest
 
 from recjax.plan.plan import Plan
 from recjax.schema import Feature
-from recjax.training import step as step_lib
 
 FEATURES = {
   "one_hot": (
@@ -126,8 +125,8 @@ def test_a_group_of_bfloat16_rows_beside_one_of_float32():
   features = FEATURES["one_hot"]
   coarse = dense.Part("wide", ("large",), 151, 16, "sgd", "bfloat16")
   case = dense.Case((TWO[0], coarse), features)
-  state = dense.train(case, plan_of(case, 8, "mixed"))[1]
-  got = helpers.in_rank_order(state.tables, plan_of(case, 8, "mixed"))
+  run = dense.train(case, plan_of(case, 8, "mixed"))[1]
+  got = dense.by_rank(case, run)
   assert got["wide"].rows.dtype == "bfloat16"
   assert got["narrow"].rows.dtype == "float32"
   exact = case._replace(parts=(TWO[0], coarse._replace(dtype="float32")))
@@ -140,13 +139,13 @@ def test_a_group_of_bfloat16_rows_beside_one_of_float32():
 def test_a_step_moves_nothing_from_the_host():
   """What is not on the devices already is refused, as in all these tests."""
   case = dense.Case(TWO, FEATURES["one_hot"])
-  spec, mesh, state = dense.build(case, plan_of(case, 2, "mixed"))
-  step, batch = step_lib.make_train_step(spec, mesh), next(dense.batches(case))
+  run = dense.build(case, plan_of(case, 2, "mixed"))
+  batch = next(dense.batches(case))
   with (
     jax.transfer_guard("disallow"),
     pytest.raises(Exception, match=r"Disallowed host-to-device transfer"),
   ):
-    step(state, batch)
+    run.step(run.state, batch)
 
 
 def test_groups_begin_with_other_rows():
