@@ -22,7 +22,7 @@ from scipy import optimize, sparse
 from recjax.plan import layout
 from recjax.planner import memory_budgets as budgets_lib
 from recjax.planner.problem import Cuts, Problem, joint_paths
-from recjax.planner.step_cost import NO_PATHS, Paths
+from recjax.planner.step_cost import HIDDEN, NO_PATHS, Paths
 from recjax.planner.traffic import Part, StepShape, Traffic, messages
 from recjax.planner.transport import Transport
 
@@ -273,7 +273,7 @@ def _program(
   )
   longer, no = np.array([[-1.0], [-1.0]]), np.zeros((2, 1))
   found = optimize.linprog(
-    np.append(np.zeros(sum(sizes)), 1.0),
+    np.append(HIDDEN * paths[1] / scale, 1.0),
     A_ub=np.block([[paths / scale, longer], [held / unit[:, None], no]]),
     b_ub=np.concatenate([[-fixed / scale, 0.0], limits / unit]),
     A_eq=sparse.hstack([mixes, sparse.coo_array((len(groups), 1))]),
@@ -293,7 +293,8 @@ def _program(
     rest = Paths(taken.device - own[0], taken.host - own[1])
     shares.append(Share(device, host, o.transport, rest))
   worth = np.maximum(-found.ineqlin.marginals, 0.0)
-  prices = np.concatenate([worth[:2], worth[2:] * scale / unit])
+  seconds = worth[:2] + np.array([0.0, HIDDEN])
+  prices = np.concatenate([seconds, worth[2:] * scale / unit])
   return _Solved(float(found.fun) * scale, shares, prices)
 
 

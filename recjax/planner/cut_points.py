@@ -2,6 +2,8 @@
 
 A step takes the longer of two paths (planner/step_cost.py): D, of the devices,
 and H, of the hosts that bring stored (cold and frozen) rows and take them back.
+What is minimised is that, and a little of H, which hardly costs a step while it
+is hidden but is better left out.
 
 Why cut points are optimal. Let a placement put hot, warm, cold and frozen rows
 anywhere. D depends on it only through how many rows each tier has, through the
@@ -14,7 +16,7 @@ pages that frozen rows have read, whose chance of being read grows with pi. So
 let row i be in a tier, j in a later one, and pi_j > pi_i (at all batch sizes:
 both grow with p): swapping them keeps all memory, and lengthens neither D nor
 H. Hence some placement in frequency order, with three cuts, is as short on
-both paths, and the longer of the two as well. (Where hot rows' touched
+both paths, and so is no dearer. (Where hot rows' touched
 gradients are gathered, hot_sync "all_gather", a hot row's cost grows with pi as
 well, for n > 2 faster than a warm row's; and where each of several nodes has a
 copy of the warm rows, their gradients may cost more than a stored row: there
@@ -27,7 +29,7 @@ A frozen row is a cold one with pages to be read: so the hosts' memory is full
 or no row is frozen. What remains is a function of `hot`, along each of those
 two curves. Between the ends of the profile's buckets, of equal rows, and the
 points where the curve puts another cut on such an end, D and H are concave
-(linear, without padding): the longer one is least at one of those few thousand
+(linear, without padding): the cost is least at one of those few thousand
 points, or where the paths cross, the host's path being hidden on one side. All
 of these are tried; crossings are bisected.
 """
@@ -145,7 +147,7 @@ class _Search:
     def offer(hot: np.ndarray, warm: np.ndarray, traffic: Traffic) -> Paths:
       paths = self.paths(hot, traffic, hot_sync)
       fits = self.fits(hot, warm)
-      cost = paths.longer + 0.0 * hot
+      cost = paths.cost + 0.0 * hot
       found.append((hot[fits], warm[fits], cost[fits]))
       return paths
 

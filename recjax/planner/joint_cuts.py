@@ -103,8 +103,8 @@ class _Planner:
     return joint_paths(self.problems, [p.traffic(c) for p, c in pairs])
 
   def cost(self, cuts: Sequence[Cuts]) -> float:
-    """Seconds or bytes of a step of all groups."""
-    return float(self.paths(cuts).longer)
+    """What is minimised: seconds or bytes of a step of all groups."""
+    return float(self.paths(cuts).cost)
 
   def frozen(self, cuts: Sequence[Cuts]) -> int:
     """Frozen rows of all groups."""

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import optimize
 
 from recjax.planner.problem import Problem, joint_paths
-from recjax.planner.step_cost import Paths
+from recjax.planner.step_cost import HIDDEN, Paths
 from recjax.planner.traffic import Traffic
 from recjax.planner.transport import FLAT, Transport
 
@@ -55,7 +55,7 @@ def joint_bound(
     ssd_bytes: budget of all hosts' SSDs for all groups.
 
   Returns:
-    Seconds or bytes of a step; infinity where nothing fits.
+    What is minimised, in seconds or bytes; infinity where nothing fits.
   """
   budgets = np.array([device_bytes, host_bytes, ssd_bytes], np.float64)
   tiers = [
@@ -180,8 +180,9 @@ def _fit(groups: Sequence[_Rows], budgets: np.ndarray) -> bool:
 class _Dual:
   """The dual function of the paths' weights and the memories' prices.
 
-  A point is [4]: the devices' weight, the hosts' being the rest to 1, and the
-  prices of a byte of a device's and of the hosts' memory, and of their SSDs.
+  A point is [4]: the devices' weight, which leaves the hosts the rest to 1 and
+  HIDDEN, and the prices of a byte of a device's memory, of the hosts', and of
+  their SSDs.
   """
 
   START = np.array([1.0, 0.0, 0.0, 0.0])
@@ -201,7 +202,7 @@ class _Dual:
 
   def at(self, point: np.ndarray) -> tuple[float, np.ndarray]:
     """(bound at a point, its gradient [4] there)."""
-    weights, prices = np.array([point[0], 1 - point[0]]), point[1:]
+    weights, prices = np.array([point[0], 1 - point[0] + HIDDEN]), point[1:]
     paths, held = self.fixed.copy(), -self.budgets
     for rows, each, of_row in self.groups:
       cost = weights[0] * each.device + weights[1] * each.host

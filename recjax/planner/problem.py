@@ -225,8 +225,8 @@ class Problem:
     )
 
   def evaluate(self, traffic: Traffic):
-    """Seconds or bytes of a step, by the objective, with the other groups'."""
-    return self.paths(traffic).beside(self.rest).longer
+    """What is minimised, with the other groups': seconds or bytes of a step."""
+    return self.paths(traffic).beside(self.rest).cost
 
   def traffic(self, cuts: Cuts, capacity: int = 0) -> Traffic:
     """What cuts ask of a step; `capacity` is every buffer's, where > 0."""
@@ -301,8 +301,8 @@ def joint_paths(
 
 
 def joint_cost(problems: Sequence[Problem], traffics: Sequence[Traffic]):
-  """The seconds or bytes of `joint_paths` that count: the longer path's."""
-  return joint_paths(problems, traffics).longer
+  """What is minimised of `joint_paths`."""
+  return joint_paths(problems, traffics).cost
 
 
 def make_problem(

@@ -17,6 +17,13 @@ from recjax.planner.traffic import Part, StepShape, TableWise
 Seconds = dict[str, Any]  # by term; numbers or arrays
 
 
+# What a second of the hosts counts where plans are chosen, hidden or not; it is
+# not in what is predicted. Nothing is hidden wholly: with a store as slow as
+# the step, 62 ms, a step took 70 (scripts/bench_overlap.py, docs/results.md).
+# And without it devices' memory stays empty to save the latency of a tier.
+HIDDEN = 0.1
+
+
 class Paths(NamedTuple):
   """What is done side by side in a step: seconds of each, or bytes."""
 
@@ -27,6 +34,11 @@ class Paths(NamedTuple):
   def longer(self) -> Any:
     """What the step takes."""
     return np.maximum(self.device, self.host)
+
+  @property
+  def cost(self) -> Any:
+    """What is minimised: what the step takes, and a little of the hosts'."""
+    return self.longer + HIDDEN * self.host
 
   def beside(self, others: "Paths") -> "Paths":
     """Both ways with what other groups do on them."""

@@ -145,6 +145,31 @@ def save(topology: Topology, path: str | pathlib.Path) -> None:
   files.write(path, json.dumps(dataclasses.asdict(topology), indent=2) + "\n")
 
 
+def ssd_budget(ssd_mb: int, directory: str) -> int:
+  """Bytes for rows and slot variables in files of a folder of this host.
+
+  Args:
+    ssd_mb: the budget; 0 = a part of what is free in its file system.
+    directory: the folder, which need not be there yet; "" = none.
+
+  Raises:
+    UserError: it is no folder, or not to be looked at.
+  """
+  if not directory:
+    return ssd_mb << 20
+  path = pathlib.Path(directory).absolute()
+  try:
+    while not path.exists():
+      path = path.parent
+    if not path.is_dir():
+      raise UserError(f"plan.host_store_dir: {path} is no folder")
+    found = os.statvfs(path)
+  except OSError as e:
+    raise UserError(f"plan.host_store_dir: {directory}: {e.strerror}") from None
+  free = found.f_bavail * found.f_frsize
+  return ssd_mb << 20 or int(free * _TABLE_SHARE)
+
+
 def memory_budgets(
   device_mb: int, host_mb: int, devices: int, device_limit: int | None = None
 ) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from scipy import optimize, sparse
 from recjax.planner import cut_points, frequency_buckets, lower_bound, presets
 from recjax.planner.frequency_buckets import Table
 from recjax.planner.problem import Problem
+from recjax.planner.step_cost import HIDDEN
 from recjax.planner.traffic import Traffic
 
 NEVER_USED = Problem(  # all cost is that of next to no rows
@@ -61,7 +62,7 @@ def by_linear_program(problem, fit, host_rows, ssd_rows=0) -> float:
       held = np.kron(memory[:, there], rows) / np.maximum(budgets, 1)[:, None]
       whole = sparse.hstack([sparse.identity(len(pi))] * size)
       result = optimize.linprog(  # the last variable is above both paths
-        np.append(np.zeros(size * len(pi)), 1.0),
+        np.append(HIDDEN * costs[1] / scale, 1.0),
         A_ub=np.block(
           [[costs / scale, -np.ones((2, 1))], [held, np.zeros((3, 1))]]
         ),
@@ -70,7 +71,7 @@ def by_linear_program(problem, fit, host_rows, ssd_rows=0) -> float:
         b_eq=np.ones(len(pi)),
       )
       if result.status == 0:
-        best = min(best, result.fun * scale)
+        best = min(best, result.fun * scale + HIDDEN * fixed[1])
   return best
 
 
