@@ -204,6 +204,7 @@ def best_shares(
   options: Sequence[Sequence[Options]],
   budgets: tuple[int, int],
   count: int,
+  of_hosts: float = 0.0,
 ) -> list[list[Share]]:
   """The groups' shares of both memories, for the best choices of kinds.
 
@@ -212,6 +213,7 @@ def best_shares(
     options: each group's, by kind.
     budgets: bytes of a device, and of all hosts.
     count: of the choices that are returned, the cheapest first.
+    of_hosts: what the hosts do once for all groups.
   """
   limits = np.array(budgets, np.float64)
   relaxed = _program([_joined(kinds) for kinds in options], limits)
@@ -222,7 +224,7 @@ def best_shares(
     sorted(kinds, key=lambda o: o.bound(relaxed.prices))[:most]
     for kinds in options
   ]
-  fixed = _fixed_costs(problems, options, limits)
+  fixed = Paths(_fixed_costs(problems, options, limits), of_hosts)
   bounds = _bounds(options, relaxed.prices, limits, fixed)
   found: list[tuple[float, list[Share]]] = []
   for _ in range(_PROGRAMS):
@@ -232,7 +234,8 @@ def best_shares(
     ):
       break
     kinds = [of[k] for of, k in zip(options, choice, strict=True)]
-    solved = _program(kinds, limits, float(fixed[choice]))
+    once = Paths(float(fixed.device[choice]), of_hosts)
+    solved = _program(kinds, limits, once)
     if solved is not None:
       found.append((solved.cost, solved.shares))
       found.sort(key=lambda x: x[0])
@@ -249,7 +252,7 @@ class _Solved(NamedTuple):
 
 
 def _program(
-  groups: Sequence[Options], limits: np.ndarray, fixed: float = 0.0
+  groups: Sequence[Options], limits: np.ndarray, fixed: Paths = NO_PATHS
 ) -> _Solved | None:
   """Mixes each group's options within the limits; None where none fit.
 
@@ -258,7 +261,7 @@ def _program(
   Args:
     groups: options of each.
     limits: [2] bytes of a device and of all hosts.
-    fixed: what the devices do once for all groups.
+    fixed: what is done once for all groups.
   """
   joined = lambda of: np.concatenate([of(o) for o in groups])
   paths = np.stack(
@@ -275,14 +278,14 @@ def _program(
   found = optimize.linprog(
     np.append(HIDDEN * paths[1] / scale, 1.0),
     A_ub=np.block([[paths / scale, longer], [held / unit[:, None], no]]),
-    b_ub=np.concatenate([[-fixed / scale, 0.0], limits / unit]),
+    b_ub=np.concatenate([-np.array(fixed) / scale, limits / unit]),
     A_eq=sparse.hstack([mixes, sparse.coo_array((len(groups), 1))]),
     b_eq=np.ones(len(groups)),
   )
   if found.status != 0:
     return None
   mix = found.x[:-1]
-  taken = Paths(*paths @ mix).beside(Paths(fixed, 0.0))
+  taken = Paths(*paths @ mix).beside(fixed)
   shares = []
   for o, (i, j) in zip(
     groups, itertools.pairwise(np.cumsum([0, *sizes])), strict=True
@@ -295,7 +298,8 @@ def _program(
   worth = np.maximum(-found.ineqlin.marginals, 0.0)
   seconds = worth[:2] + np.array([0.0, HIDDEN])
   prices = np.concatenate([seconds, worth[2:] * scale / unit])
-  return _Solved(float(found.fun) * scale, shares, prices)
+  cost = float(found.fun) * scale + HIDDEN * fixed.host
+  return _Solved(cost, shares, prices)
 
 
 def _joined(kinds: Sequence[Options]) -> Options:
@@ -315,7 +319,7 @@ def _bounds(
   options: Sequence[Sequence[Options]],
   prices: np.ndarray,
   limits: np.ndarray,
-  fixed: np.ndarray,
+  fixed: Paths,
 ) -> np.ndarray:
   """What each choice of kinds costs at least, by these prices.
 
@@ -323,9 +327,9 @@ def _bounds(
   of both, here the one that the prices of their seconds weigh.
   """
   least = _outer([[o.bound(prices) for o in of] for of in options])
-  some = np.isfinite(fixed)
-  once = np.where(some, prices[0] * np.where(some, fixed, 0.0), np.inf)
-  return least + once - float(prices[2:] @ limits)
+  some = np.isfinite(fixed.device)
+  once = prices[0] * np.where(some, fixed.device, 0.0) + prices[1] * fixed.host
+  return least + np.where(some, once, np.inf) - float(prices[2:] @ limits)
 
 
 def _outer(values: Sequence[Sequence[float]]) -> np.ndarray:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from recjax.planner import cut_options as options_lib
-from recjax.planner import cut_points
+from recjax.planner import cut_points, step_cost
 from recjax.planner import memory_budgets as budgets_lib
 from recjax.planner.cut_options import Share
 from recjax.planner.memory_budgets import Budgets, Given
@@ -111,6 +111,13 @@ class _Planner:
     pairs = zip(self.problems, cuts, strict=True)
     return sum(int(c.frozen(p.profile.rows)) for p, c in pairs)
 
+  def _waits(self, frozen: Sequence[Cuts]) -> float:
+    """Seconds of the hosts that all groups with frozen rows pay once."""
+    p = self.problems[0]
+    if p.objective == "bytes" or not self.frozen(frozen):
+      return 0.0
+    return step_cost.page_latency(p.shape, p.topology)
+
   def _stored(self, cuts: Sequence[Cuts]) -> tuple[Cuts, ...]:
     """The cuts with the hosts' memory shared out, where they have SSDs."""
     if not self.budgets.ssd_bytes and self.given.cold_rows < 0:
@@ -148,7 +155,9 @@ class _Planner:
       ]
     found = []
     for of in chosen:
-      shares = options_lib.best_shares(self.problems, of, budgets, _REALISED)
+      shares = options_lib.best_shares(
+        self.problems, of, budgets, _REALISED, self._waits(frozen)
+      )
       found += [self._realised(x, frozen) for x in shares]
     return [x for x in found if x is not None and self._fit(x)]
 

@@ -76,10 +76,12 @@ def seconds_of_paths(
     parts: of groups of tables.
     t: rates and latencies.
     further: for one group, what it adds to a step that other groups pay for:
-      without the launch and the latencies of the collectives that all share.
+      without the launch and the latencies of what all do together.
   """
-  device = further_seconds(parts[0], t) if further else device_seconds(parts, t)
-  return Paths(_sum(device), _sum(host_seconds(parts, t)))
+  if further:
+    own = _host_seconds(parts[0], t)
+    return Paths(_sum(further_seconds(parts[0], t)), _sum(own))
+  return Paths(_sum(device_seconds(parts, t)), _sum(host_seconds(parts, t)))
 
 
 def _sum(terms: Seconds) -> Any:
@@ -315,12 +317,21 @@ def host_seconds(parts: Sequence[Part], t: Topology) -> Seconds:
 
   One after the other: pages of frozen rows are read, rows and slot variables
   gathered and sent to the device; in training all that goes back as well. The
-  devices of a host share its memory and its SSDs.
+  devices of a host share its memory and its SSDs; the groups wait for a page
+  once, and each for its own transfers.
 
   Returns:
     {"SSD", "host memory", "host link"}.
   """
-  return traffic.total(_host_seconds(part, t) for part in parts)
+  terms = traffic.total(_host_seconds(part, t) for part in parts)
+  frozen = sum((part.traffic.pages > 0) * 1.0 for part in parts) > 0
+  terms["SSD"] = terms["SSD"] + frozen * page_latency(parts[0].shape, t)
+  return terms
+
+
+def page_latency(shape: StepShape, t: Topology) -> float:
+  """Seconds that a step with frozen rows waits for a page, and to write it."""
+  return (1.0 + shape.train) * t.ssd_latency
 
 
 def _host_seconds(part: Part, t: Topology) -> Seconds:
@@ -329,8 +340,7 @@ def _host_seconds(part: Part, t: Topology) -> Seconds:
   pages = ways * asked.pages * PAGE_BYTES
   rows = ways * asked.visitors * shape.stored_bytes
   return {
-    "SSD": pages * sharing / t.ssd_read
-    + (asked.pages > 0) * ways * t.ssd_latency,
+    "SSD": pages * sharing / t.ssd_read,
     "host memory": rows * sharing / t.host_gather,
     "host link": traffic.sent_bytes([part])["host"] / t.host_link
     + (asked.visitors > 0) * ways * t.host_latency,

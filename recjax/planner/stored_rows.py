@@ -8,6 +8,7 @@ taken by pages saved a byte until the memory is full, which no other choice
 beats but for the rows that pad shards.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,9 +25,9 @@ def pages_of_row(pi: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
   """Pages that a row's bucket has read in a step, over the bucket's rows.
 
   Rows, and each of their slot variables, lie in a file of their own
-  (embedding/host_store.py), in rank order: (P + size - 1) / size neighbours of
-  `size` bytes have a part in a page of P bytes, on average. The page is read if
-  any of them is touched, for which they are taken to be as likely as the row.
+  (embedding/host_store.py), in rank order. On average (P + s - gcd(P, s)) / s
+  neighbours of s bytes have a part in a page of P bytes. It is read if any of
+  them is touched, for which they are taken to be as likely as the row.
 
   Args:
     pi: [K] the probability that the batch touches a row.
@@ -39,7 +40,8 @@ def pages_of_row(pi: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     untouched = np.log1p(-np.asarray(pi, np.float64))
   pages = np.zeros(len(pi))
   for size in sizes:
-    read = -np.expm1(untouched * ((PAGE_BYTES + size - 1) / size))
+    in_page = (PAGE_BYTES + size - math.gcd(PAGE_BYTES, size)) / size
+    read = -np.expm1(untouched * in_page)
     pages += read * (size / PAGE_BYTES)
   return pages
 

@@ -134,14 +134,14 @@ def test_stored_rows_come_and_go_beside_the_step():
     host_link=1e9,
     host_latency=1e-3,
     ssd_read=8e8,
-    ssd_latency=1e-2,
+    ssd_latency=1e-4,
   )
   asked = Traffic(0.0, 8.0, 8e3, visitors=1e3, pages=50.0)
   found = step_cost.host_seconds([Part(SHAPE, asked)], t)
   row = SHAPE.row_bytes + SHAPE.slot_bytes
   assert found == pytest.approx(
     {
-      "SSD": 2 * 50 * 4096 / 1e8 + 2e-2,  # eight devices share the SSDs
+      "SSD": 2 * 50 * 4096 / 1e8 + 2e-4,  # eight devices share the SSDs
       "host memory": 2 * 1e3 * row / 1e9,
       "host link": 1e3 * (2 * row + 8) / 1e9 + 2e-3,
     }
@@ -152,7 +152,8 @@ def test_stored_rows_come_and_go_beside_the_step():
   assert step < way
   assert sum(terms.values()) == pytest.approx(way)
   assert terms["host rows"] == pytest.approx(way - step)
-  # A longer step hides it; two groups' ways add up before they are compared.
+  # A longer step hides it; two groups' ways add up before they are compared,
+  # with one wait for pages.
   slow = dataclasses.replace(t, launch=way)
   assert seconds_of(SHAPE, slow, asked)["host rows"] == 0
   none = Part(SHAPE, Traffic(0.0, 8.0))
@@ -160,6 +161,8 @@ def test_stored_rows_come_and_go_beside_the_step():
   parts = [Part(SHAPE, asked), Part(SHAPE, asked)]
   both = step_cost.step_seconds(parts, hidden)["host rows"]
   assert 0 < both < 0.5 * way
+  together = step_cost.host_seconds(parts, hidden)
+  assert together["SSD"] == pytest.approx(2 * found["SSD"] - 2e-4)
   parts = [Part(SHAPE, asked), none]
   assert step_cost.step_seconds(parts, hidden)["host rows"] == 0
 
