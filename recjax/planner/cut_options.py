@@ -21,8 +21,8 @@ from scipy import optimize, sparse
 
 from recjax.plan import layout
 from recjax.planner import memory_budgets as budgets_lib
+from recjax.planner.host_path import HIDDEN, NO_PATHS, Paths
 from recjax.planner.problem import Cuts, Problem, joint_paths
-from recjax.planner.step_cost import HIDDEN, NO_PATHS, Paths
 from recjax.planner.traffic import Part, StepShape, Traffic, messages
 from recjax.planner.transport import Transport
 

@@ -42,8 +42,8 @@ import numpy as np
 
 from recjax.plan import layout
 from recjax.planner import transport as transport_lib
+from recjax.planner.host_path import Paths
 from recjax.planner.problem import HOT_SYNCS, Cuts, Problem
-from recjax.planner.step_cost import Paths
 from recjax.planner.stored_rows import Room
 from recjax.planner.traffic import Traffic
 from recjax.planner.transport import Transport
@@ -159,8 +159,10 @@ class _Search:
       if len(more):
         offer(more, curve(more), self.traffic(more, curve(more)))
     if self.transport.copies and self.given[1] < 0:
-      hot = self._hots
-      for warm in self._balanced_copies(hot, hot_sync):
+      least = min((float(cost.min()) for *_, cost in found if len(cost)),
+                  default=np.inf)  # fmt: skip
+      hot, low, high = self._balanced_copies(hot_sync, least)
+      for warm in (low, high):
         offer(hot, warm, self.traffic(hot, warm))
     hot, warm, cost = (np.concatenate(x) for x in zip(*found, strict=True))
     return hot, warm, cost
@@ -243,19 +245,31 @@ class _Search:
     return list({end, max(end, self._need)})
 
   def _balanced_copies(
-    self, hot: np.ndarray, hot_sync: str
-  ) -> list[np.ndarray]:
-    """Warm rows [C] past D's least point where H, which falls, meets D."""
-    if not self._fewer_copies or self.problem.objective == "bytes":
-      return []
-    low = np.clip(min(self._fewer_copies) - hot, 0, self._most(hot))
+    self, hot_sync: str, least: float
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Warm rows past D's least point where H, which falls, meets D.
+
+    Args:
+      hot_sync: how hot gradients meet.
+      least: a cost; cuts above it are left out.
+
+    Returns:
+      (hot rows, warm rows before and after the paths meet): [C] each.
+    """
+    paths = lambda hot, warm: self.paths(hot, self.traffic(hot, warm), hot_sync)
+    hot = self._hots
     high = self._most(hot)
+    low = np.clip(min(self._fewer_copies, default=0) - hot, 0, high)
+    first, last = paths(hot, low), paths(hot, high)
+    meet = (first.device < first.host) & (last.device > last.host)
+    meet &= Paths(first.device, last.host).cost < least  # no less is possible
+    hot, low, high = hot[meet], low[meet], high[meet]
     while np.any(high - low > 1):
       middle = (low + high) // 2
-      paths = self.paths(hot, self.traffic(hot, middle), hot_sync)
-      hidden = paths.device >= paths.host
+      found = paths(hot, middle)
+      hidden = found.device >= found.host
       low, high = np.where(hidden, low, middle), np.where(hidden, middle, high)
-    return [low, high]
+    return hot, low, high
 
 
 def _crossings(f: Curve, points: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -21,12 +21,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from recjax.planner import cut_options as options_lib
-from recjax.planner import cut_points, step_cost
+from recjax.planner import cut_points, host_path
 from recjax.planner import memory_budgets as budgets_lib
 from recjax.planner.cut_options import Share
+from recjax.planner.host_path import Paths
 from recjax.planner.memory_budgets import Budgets, Given
 from recjax.planner.problem import Cuts, Problem, joint_paths
-from recjax.planner.step_cost import Paths
 from recjax.planner.transport import Transport
 
 _REALISED = 2  # choices of tiers whose best cuts are worked out
@@ -116,7 +116,7 @@ class _Planner:
     p = self.problems[0]
     if p.objective == "bytes" or not self.frozen(frozen):
       return 0.0
-    return step_cost.page_latency(p.shape, p.topology)
+    return host_path.page_latency(p.shape, p.topology)
 
   def _stored(self, cuts: Sequence[Cuts]) -> tuple[Cuts, ...]:
     """The cuts with the hosts' memory shared out, where they have SSDs."""

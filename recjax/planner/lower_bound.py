@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import optimize
 
+from recjax.planner.host_path import HIDDEN, Paths
 from recjax.planner.problem import Problem, joint_paths
-from recjax.planner.step_cost import HIDDEN, Paths
 from recjax.planner.traffic import Traffic
 from recjax.planner.transport import FLAT, Transport
 

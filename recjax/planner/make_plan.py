@@ -21,7 +21,7 @@ from recjax.plan.plan import (
   Tier,
   TierReport,
 )
-from recjax.planner import communication, memory_budgets, step_cost
+from recjax.planner import communication, host_path, memory_budgets, step_cost
 from recjax.planner import traffic as traffic_lib
 from recjax.planner.problem import Cuts, Problem
 from recjax.planner.table_wise import Choice
@@ -137,7 +137,7 @@ def plan(
         for tier in found
       ),
       seconds=_terms(step_cost.step_seconds(parts, topology)),
-      host_seconds=_terms(step_cost.host_seconds(parts, topology)),
+      host_seconds=_terms(host_path.seconds(parts, topology)),
       sent=_terms(traffic_lib.sent_bytes(parts)),
       network=_terms(traffic_lib.network_bytes(parts)),
       memory=_terms(memory),

@@ -20,7 +20,7 @@ from recjax.planner import (
 from recjax.planner import traffic as traffic_lib
 from recjax.planner.buffer_sizes import DistinctRows
 from recjax.planner.frequency_buckets import BucketedProfile, CumulativeSum
-from recjax.planner.step_cost import NO_PATHS, Paths
+from recjax.planner.host_path import NO_PATHS, Paths
 from recjax.planner.topology import Topology
 from recjax.planner.traffic import Part, StepShape, Traffic
 from recjax.planner.transport import FLAT, Transport

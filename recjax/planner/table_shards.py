@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recjax.planner import communication, step_cost
+from recjax.planner import communication, host_path, step_cost
 from recjax.planner import traffic as traffic_lib
+from recjax.planner.host_path import Paths
 from recjax.planner.problem import Problem
-from recjax.planner.step_cost import Paths
 from recjax.planner.traffic import Part, Traffic
 
 TableId = tuple[int, int]  # (group, table of the group)
@@ -192,5 +192,5 @@ def _paths(problem: Problem, busy: _Busy) -> Paths:
     train * read * (wide + 2 * shape.stored_bytes) / t.gather,
     tiers * (1 + train) * t.tier_latency,
   )
-  host = step_cost.host_seconds([on_host], t)
+  host = host_path.seconds([on_host], t)
   return Paths(sum(terms), float(sum(host.values())))

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from recjax.errors import UserError
 from recjax.planner import frequency_buckets, lower_bound, presets, transport
 from recjax.planner.frequency_buckets import Table
+from recjax.planner.host_path import HIDDEN
 from recjax.planner.memory_budgets import cold_bytes, shard_bytes
 from recjax.planner.problem import HOT_SYNCS, Cuts, Problem, joint_cost
-from recjax.planner.step_cost import HIDDEN
 from recjax.planner.traffic import Traffic
 
 ALL_REDUCED = ("all_reduce",)

@@ -11,8 +11,8 @@ from scipy import optimize, sparse
 
 from recjax.planner import cut_points, frequency_buckets, lower_bound, presets
 from recjax.planner.frequency_buckets import Table
+from recjax.planner.host_path import HIDDEN
 from recjax.planner.problem import Problem
-from recjax.planner.step_cost import HIDDEN
 from recjax.planner.traffic import Traffic
 
 NEVER_USED = Problem(  # all cost is that of next to no rows

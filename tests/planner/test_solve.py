@@ -14,7 +14,7 @@ from recjax.frequency import Profile
 from recjax.plan.plan import COLD, HOT, TIERS, WARM, Plan
 from recjax.planner import buffer_sizes, presets, transport
 from recjax.planner.describe import describe
-from recjax.planner.step_cost import HIDDEN
+from recjax.planner.host_path import HIDDEN
 from recjax.schema import AXES
 
 MB = 1 << 20

@@ -11,7 +11,7 @@ import pytest
 
 from recjax.models.cost import DenseCost
 from recjax.models.dlrm import dot_interaction
-from recjax.planner import communication, presets, step_cost, traffic
+from recjax.planner import communication, host_path, presets, step_cost, traffic
 from recjax.planner.traffic import Part, StepShape, Traffic
 
 SHAPE = StepShape(
@@ -120,7 +120,7 @@ def test_serving_needs_less():
   assert sent["gradients"] == sent["hot gradients"] == 0
   # Nothing is written back, neither rows nor pages.
   parts = [Part(w, asked) for w in (SHAPE, served)]
-  train, serve = (step_cost.host_seconds([part], t) for part in parts)
+  train, serve = (host_path.seconds([part], t) for part in parts)
   for term in ("SSD", "host memory"):
     assert 2 * serve[term] == pytest.approx(train[term])
   assert sent["host"] == 2e6 * (SHAPE.stored_bytes + 8)
@@ -137,7 +137,7 @@ def test_stored_rows_come_and_go_beside_the_step():
     ssd_latency=1e-4,
   )
   asked = Traffic(0.0, 8.0, 8e3, visitors=1e3, pages=50.0)
-  found = step_cost.host_seconds([Part(SHAPE, asked)], t)
+  found = host_path.seconds([Part(SHAPE, asked)], t)
   row = SHAPE.row_bytes + SHAPE.slot_bytes
   assert found == pytest.approx(
     {
@@ -161,7 +161,7 @@ def test_stored_rows_come_and_go_beside_the_step():
   parts = [Part(SHAPE, asked), Part(SHAPE, asked)]
   both = step_cost.step_seconds(parts, hidden)["host rows"]
   assert 0 < both < 0.5 * way
-  together = step_cost.host_seconds(parts, hidden)
+  together = host_path.seconds(parts, hidden)
   assert together["SSD"] == pytest.approx(2 * found["SSD"] - 2e-4)
   parts = [Part(SHAPE, asked), none]
   assert step_cost.step_seconds(parts, hidden)["host rows"] == 0
