@@ -240,8 +240,8 @@ def cpu(devices: int) -> Topology:
     host_gather=4.5 * GB * each * n,  # 5 to 6 measured
     host_link=32 * GB * each,
     host_latency=14 * US / each,
-    ssd_read=_NETWORK_DISK,  # assumption: a virtual machine's disk
-    ssd_latency=_NETWORK_DISK_LATENCY,
+    ssd_read=0.21 * GB,  # two runs of scripts/calibrate_ssd.py, 1 GiB
+    ssd_latency=90 * US,
     source="two cores of an AMD EPYC (Zen 4), jax 0.10, rounded",
   )
 
