@@ -3,7 +3,7 @@
 The public API; see recjax/api.py, README.md and docs/tutorial.ipynb.
 """
 
-import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ _HOMES = {
     *("prepare_columns", "restore", "rows", "train"),
   ),
   "recjax.config": ("Config", "TableRule"),
+  "recjax.embedding": ("optimizers",),
   "recjax.embedding.embedding": ("Embedding", "make_embedding"),
   "recjax.embedding.lookup": ("forward",),
-  "recjax.embedding.optimizers": ("optimizers",),
   "recjax.embedding.tables": ("init_tables", "table_specs"),
   "recjax.embedding.update": ("backward",),
   "recjax.errors": ("UserError",),
@@ -83,10 +83,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
   if name not in _HOME_OF:
     raise AttributeError(f"module 'recjax' has no attribute {name!r}")
-  home = importlib.import_module(_HOME_OF[name])
-  if _HOME_OF[name].endswith(f".{name}"):
-    return home
-  return getattr(home, _INSIDE.get(name, name))
+  return pkgutil.resolve_name(f"{_HOME_OF[name]}.{_INSIDE.get(name, name)}")
 
 
 def __dir__() -> list[str]:

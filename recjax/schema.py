@@ -12,8 +12,9 @@ Dimensions, here and everywhere in recjax:
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
+Pooling = Literal["sum", "mean", "none"]  # of a bag's rows; none = a sequence
 NODE, DEVICE = AXES = ("node", "device")  # the mesh's axes, outer first
 
 
@@ -22,8 +23,8 @@ class Feature:
   """One categorical input and how it is looked up.
 
   `hotness` is the longest bag kept: of a longer one the first ids count, the
-  others are dropped. It is also the number of columns of the
-  `ids` array that the feature takes. `pooling` is 'sum', 'mean' or 'none'
+  others are dropped. It is also the number of columns of the `ids` array that
+  the feature takes. `pooling` is 'sum', 'mean' or 'none'
   (a sequence: one activation a position). A weighted feature has a float32
   weight a lookup; a weighted mean divides by the sum of the weights.
   """
@@ -31,15 +32,15 @@ class Feature:
   name: str
   table: str
   hotness: int = 1
-  pooling: Literal["sum", "mean", "none"] = "sum"
+  pooling: Pooling = "sum"
   weighted: bool = False
 
   def __post_init__(self):
     """Raises ValueError for a pooling or hotness that there is not."""
-    if self.pooling not in ("sum", "mean", "none"):
+    if self.pooling not in get_args(Pooling):
       raise ValueError(
-        f"feature {self.name!r}: pooling {self.pooling!r} is not one of sum, "
-        "mean, none"
+        f"feature {self.name!r}: pooling {self.pooling!r} found, one of "
+        f"{', '.join(get_args(Pooling))} expected"
       )
     if self.hotness < 1:
       raise ValueError(

@@ -66,12 +66,16 @@ def draw_batches(args):
   return dense, ids, labels
 
 
+def pin(cores: int) -> None:
+  """Keeps this process to so many cores, where the system can."""
+  if hasattr(os, "sched_setaffinity"):
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+
+
 def work(args):
   """Times a contender, in its own process; returns what it prints as JSON."""
   make_step, packages, copies = CONTENDERS[args.worker]
-  if hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))[: args.cores]
-    os.sched_setaffinity(0, cores)
+  pin(args.cores)
   if args.malloc == "tuned":
     malloc.keep_freed_memory()
   missing = [p for p in packages if importlib.util.find_spec(p) is None]
@@ -250,6 +254,7 @@ def main():
   args.lookups = sum(args.hotness)
   about = machine.about()
   print(", ".join(f"{k} {v}" for k, v in about.items()))
+  pin(args.cores)
   rates = {
     "flops": roofline.flops_per_second(),
     "bytes": roofline.bytes_per_second(args.cores),

@@ -14,14 +14,18 @@ from recjax.training.state import StepSpec
 
 
 def big_group(devices, rows, tiers, part: dense.Part, **kw) -> Group:
-  """A group of so many rows, with buffers of 8 rows an owner."""
+  """A group of so many rows, with buffers of 8 rows an owner.
+
+  As many stored rows visit an owner, however many rows there are.
+  """
   hot, warm = {
     "warm": (0, rows),
     "cold": (0, 0),
     "mixed": (64, rows // 2 - 64),
   }[tiers]
   made = part._asdict() | {"rows": rows, "hot": hot, "warm": warm}
-  return helpers.make_group(devices, **made | {"capacity": 8} | kw)
+  made |= {"capacity": 8, "visitors": 8}
+  return helpers.make_group(devices, **made | kw)
 
 
 def spec_of(case: dense.Case, plan: Plan, **kw):

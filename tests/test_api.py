@@ -200,8 +200,28 @@ def test_a_plan_of_another_config_is_refused(trained, path, value, message):
     recjax.build(config, prepared, plan)
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"rows": 1}, "rows of all tables: the plan was made for"),
+    ({"tables": ("other",)}, "embedding: the plan was made for .* of other; "),
+  ],
+)
+def test_a_plan_of_other_data_is_refused(trained, change, message):
+  _, config, prepared, plan, _, _ = trained
+  first, *others = plan.groups
+  if "rows" in change:  # one row fewer, in the last tier
+    last = first.tiers[-1]
+    last = dataclasses.replace(last, rows=last.rows - change["rows"])
+    change = {"tiers": (*first.tiers[:-1], last)}
+  first = dataclasses.replace(first, **change)
+  other = dataclasses.replace(plan, groups=(first, *others))
+  with pytest.raises(UserError, match=message):
+    recjax.build(config, prepared, other)
+
+
 def test_features_are_checked():
-  with pytest.raises(ValueError, match="feature 'a': pooling 'avg' is not"):
+  with pytest.raises(ValueError, match="feature 'a': pooling 'avg' found, one"):
     recjax.Feature("a", "a", 2, "avg")
   with pytest.raises(ValueError, match="feature 'a': hotness 0 found"):
     recjax.Feature("a", "a", 0)

@@ -68,11 +68,12 @@ def build(
     serving: keeps no slot variables; such a run cannot train.
 
   Raises:
-    UserError: the model does not fit the data, or the mesh the machine.
+    UserError: the plan was made for another config or data, the model does not
+      fit the data, or the mesh the machine.
   """
   e, schema = config.embedding, prepared.schema
   groups = table_groups(config, prepared.profile.table_rows())
-  _check_plan(config, plan, groups)
+  _check_plan(plan, config, groups, prepared.profile.rows)
   mesh = make_mesh(plan.devices, plan.node_devices)
   params, apply = model or models.build(
     config.model,
@@ -100,7 +101,7 @@ def build(
     spec,
     mesh,
     first_state(spec, mesh, params, e.init_scale, ranks),
-    reused(step.train),
+    refuse_used_states(step.train),
     step.forward,
     identity_of(config, prepared, params if model else None),
     step.prepare,
@@ -132,27 +133,29 @@ def configured_embedding(
 
 
 def _check_plan(
-  config: Config, plan: Plan, groups: tuple[TableGroup, ...]
+  plan: Plan, config: Config, groups: tuple[TableGroup, ...], rows: int
 ) -> None:
-  """Raises UserError where a plan was made for another config."""
-  for field, planned, wanted in (
+  """Raises UserError where a plan was made for another config or data.
+
+  groups, rows: the config's and the data's, where the plan has its own.
+  """
+  tables_of = lambda groups: "; ".join(
+    f"{g.name} of {', '.join(g.tables)}" for g in groups
+  )
+  for what, planned, wanted in (
     ("train.batch_size", plan.batch_size, config.train.batch_size),
     ("mesh.devices", plan.devices, config.mesh.devices or plan.devices),
-    ("embedding", _kinds(plan.groups), _kinds(groups)),
+    ("embedding", tables_of(plan.groups), tables_of(groups)),
+    ("rows of all tables", plan.rows, rows),
   ):
     if planned != wanted:
       raise UserError(
-        f"{field}: the plan was made for {planned}, and the config says "
-        f"{wanted}; make the plan anew with this config"
+        f"{what}: the plan was made for {planned}, config and data have "
+        f"{wanted}; make the plan anew with them"
       )
 
 
-def _kinds(groups) -> list[str]:
-  """Returns what must be the same of a plan's groups and a config's."""
-  return [f"{g.name} ({len(g.tables)} tables)" for g in groups]
-
-
-def reused(step: Callable) -> Callable:
+def refuse_used_states(step: Callable) -> Callable:
   """Makes a step raise where it gets a state that another step has used up.
 
   On several devices JAX ends the process instead (jax 0.10 to 0.12).

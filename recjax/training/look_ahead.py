@@ -260,12 +260,12 @@ class LookAhead:
 
   def returned(self, visit: Visit, updated: dict[str, TierArrays]) -> None:
     """Gives the visitors of a step back to the store, when they are there."""
-    for x in jax.tree.leaves(updated):
-      x.copy_to_host_async()
     self._steps, self._last, self._updated = self._steps + 1, visit, updated
     lists = visit.fetched.result().lists
     self.store.write(functools.partial(self._return, lists, updated))
 
   def _return(self, lists, updated: dict[str, TierArrays]) -> None:
+    for x in jax.tree.leaves(updated):
+      x.copy_to_host_async()  # all at once
     for group, arrays in updated.items():
       self._devices.write_back(self.store, group, lists[group], arrays)

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -74,7 +75,7 @@ def make_train_step(spec: StepSpec, mesh: Mesh, options: dict | None = None):
     if residuals.route is not None:
       asked = exchange.asked_rows(residuals.route, plan)
       distinct = asked.astype(jnp.float32)
-    loss, grads, distinct = lax.psum((loss, grads, distinct), AXES)
+    loss, grads, distinct = _summed((loss, grads, distinct), plan.devices)
     # Optax's Adam and schedules mix integers and floats.
     with jax.numpy_dtype_promotion("standard"):
       updates, opt_state = spec.dense_optimizer.update(
@@ -132,6 +133,25 @@ def _arrive(embedding: Embedding, tables: Tables, batch, fetched, beside):
   if beside:
     batch = batch | {"stored": {k: x.stored for k, x in beside.items()}}
   return tables, batch
+
+
+def _summed(tree, devices: int):
+  """Returns the sums over devices of arrays, in one all-reduce a dtype.
+
+  As one vector: XLA would join the arrays anyhow, and then copy each out of the
+  sum in a kernel of its own, where now what uses one reads its part.
+  """
+  if devices == 1:
+    return tree
+  leaves, structure = jax.tree.flatten(tree)
+  for dtype in dict.fromkeys(x.dtype for x in leaves):
+    mine = [i for i, x in enumerate(leaves) if x.dtype == dtype]
+    flat = jnp.concatenate([leaves[i].reshape(-1) for i in mine])
+    ends = np.cumsum([leaves[i].size for i in mine])
+    parts = jnp.split(lax.psum(flat, AXES), ends[:-1])
+    for i, part in zip(mine, parts, strict=True):
+      leaves[i] = part.reshape(leaves[i].shape)
+  return jax.tree.unflatten(structure, leaves)
 
 
 def make_forward(spec: StepSpec, mesh: Mesh):

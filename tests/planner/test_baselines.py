@@ -86,3 +86,6 @@ def test_shards_are_pooled_by_their_owners():
   on_devices = [s for s in shards if not s.host] + [Shard(2, 3, 10)]
   faster = baselines.of_shards("on devices", [problem], on_devices)
   assert faster.seconds < placed.seconds
+  assert "busiest device" in placed.note
+  # Where all rows are replicated there is no busiest one to tell of.
+  assert baselines.of_shards("hot", [problem], [], replicas=510).note == ""
