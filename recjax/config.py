@@ -145,8 +145,15 @@ class Plan:
   # machine's.
   device_memory_mb: int = _number(0, at_least=0)
   host_memory_mb: int = _number(0, at_least=0)
+  # Rows that a host's memory has no room for go to files in this folder, which
+  # should be on an SSD of each host; "" = all rows must fit memories.
+  host_store_dir: str = ""
+  # Of a host's files there; 0 = six tenths of what is free.
+  ssd_memory_mb: int = _number(0, at_least=0)
   hot_rows: int = _number(-1, at_least=-1)  # -1 = planned
   warm_rows: int = _number(-1, at_least=-1)  # -1 = planned
+  # In the hosts' memory, the most used of those left; -1 = as many as fit.
+  cold_rows: int = _number(-1, at_least=-1)
   # Bound on the probability that a step needs a second round.
   overflow_probability: float = _number(1e-2, between=(0, 1))
   # Rows for each peer, in a round, of every buffer; 0 = planned.

@@ -1,6 +1,7 @@
 """Measures this mesh and writes a topology file for the planner.
 
-  python scripts/calibrate.py --out my_cluster.json [--devices 8]
+  python scripts/calibrate.py --out my_cluster.json [--devices 8] \
+    [--store_dir FOLDER_ON_AN_SSD]
   python main.py --mode=plan --config ... --config.plan.topology=my_cluster.json
 
 Every operation runs on all devices at once, as in a step, at several sizes;
@@ -8,7 +9,8 @@ latency and rate are the line through the median times. On accelerators a time
 is what the device works on a call, from a trace: the host takes longer to start
 one than most of them last. Whole train steps then refine the rates. Simulated
 CPU devices share their cores and memory, and so does what is measured. The mesh
-counts as one node: the network's figures are the links' own.
+counts as one node: the network's figures are the links' own. Without
+--store_dir an SSD's are assumed, and the file says so.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+import calibrate_ssd
 import jax
 import numpy as np
 from calibrate_operations import (
@@ -121,7 +124,13 @@ def measure(bench: Bench) -> dict[str, float]:
 
 
 def calibrated(
-  mesh: Mesh, name: str, repeats: int = 20, *, steps: str = "all", out: str = ""
+  mesh: Mesh,
+  name: str,
+  repeats: int = 20,
+  *,
+  steps: str = "all",
+  out: str = "",
+  store_dir: str = "",
 ) -> Topology:
   """Returns what is measured of a mesh, and what the machine says of itself.
 
@@ -132,11 +141,13 @@ def calibrated(
     steps: whole train steps that refine the rates: "all", "device" (those
       without cold rows) or "none".
     out: file that gets the rates before they are refined, which takes minutes.
+    store_dir: folder on an SSD; "" = none is measured.
   """
   n, first = mesh.devices.size, mesh.devices.flat[0]
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   limit = (first.memory_stats() or {}).get("bytes_limit", ram / 2 / n)
   today = datetime.date.today().isoformat()
+  ssd = calibrate_ssd.measure(store_dir) if store_dir else {}
   measured = Topology(
     name=name,
     node_devices=n,
@@ -145,8 +156,10 @@ def calibrated(
     device_memory=limit,
     host_memory=ram,
     source=f"scripts/calibrate.py on {n} x {first.device_kind}, "
-    f"{platform.machine()}, jax {jax.__version__}, {today}",
+    f"{platform.machine()}, jax {jax.__version__}, {today}"
+    + ("" if ssd else "; ssd_read, ssd_latency assumed"),
     **measure(Bench(mesh, repeats)),
+    **ssd,
   )
   if out:
     topology.save(measured, out)
@@ -168,12 +181,18 @@ def main() -> None:
     default="all",
     help="whole train steps that refine the rates; device: no cold rows",
   )
+  parser.add_argument("--store_dir", default="", help="folder on an SSD")
   args = parser.parse_args()
   malloc.keep_freed_memory()
   simulate_devices(args.devices)
   mesh = make_mesh(args.devices)
   measured = calibrated(
-    mesh, Path(args.out).stem, args.repeats, steps=args.steps, out=args.out
+    mesh,
+    Path(args.out).stem,
+    args.repeats,
+    steps=args.steps,
+    out=args.out,
+    store_dir=args.store_dir,
   )
   topology.save(measured, args.out)
   print(f"wrote {args.out}")

@@ -13,7 +13,7 @@ from recjax.models.cost import DenseCost
 from recjax.plan.plan import Plan
 from recjax.planner import solve, write_plan
 from recjax.planner.frequency_buckets import BucketedProfile, Table
-from recjax.planner.problem import Problem, make_problem
+from recjax.planner.problem import Cuts, Problem, make_problem
 from recjax.planner.topology import Topology
 from recjax.planner.traffic import StepShape
 from recjax.schema import TableGroup, TableSpec, groups_of
@@ -80,7 +80,8 @@ def solved(problems, **budgets) -> Plan:
 def planned(profile, **arguments) -> Plan:
   """The plan of one group, with the arguments of make_problem and solve."""
   budgets = ("hosts", "device_bytes", "host_bytes", "hot_rows", "warm_rows",
-             "capacity", "hot_syncs", "transports", "table_wise")  # fmt: skip
+             "ssd_bytes", "cold_rows", "capacity", "hot_syncs",
+             "transports", "table_wise")  # fmt: skip
   given = {k: arguments.pop(k) for k in list(arguments) if k in budgets}
   return solved(make_problem(profile, **arguments), **given)
 
@@ -94,7 +95,34 @@ def free_of_latencies(t: Topology) -> Topology:
     host_latency=0.0,
     ring_latency=0.0,
     tier_latency=0.0,
+    ssd_latency=0.0,
   )
+
+
+def with_host_path(problem: Problem, ratio: float) -> Problem:
+  """The problem where the hosts need `ratio` times as long as the devices.
+
+  With all rows cold, and without the launch of a step: from a host path that is
+  hidden whatever the cuts, below 1, to one that is all that counts.
+  """
+  free = dataclasses.replace(problem.topology, launch=0.0)
+  problem = dataclasses.replace(problem, topology=free)
+  if problem.objective == "bytes":
+    return problem
+  paths = problem.paths(problem.traffic(Cuts(0, 0)))
+  slower = ratio * float(paths.device) / float(paths.host)
+  t = dataclasses.replace(
+    free,
+    host_gather=free.host_gather / slower,
+    host_link=free.host_link / slower,
+    host_latency=free.host_latency * slower,
+    ssd_read=free.ssd_read / slower,
+    ssd_latency=free.ssd_latency * slower,
+  )
+  return dataclasses.replace(problem, topology=t)
+
+
+RATIOS = (None, 0.3, 0.8, 1.0, 1.5, 4.0)  # None: as the preset has it
 
 
 # ---- From a config

@@ -134,7 +134,9 @@ class TierReport:
   group: str
   tier: str
   rows: int  # without padding rows
-  bytes: int  # rows and slot variables, of a device; of all hosts if in theirs
+  # Rows and slot variables: of a device; of all hosts, in their memory or on
+  # their SSDs.
+  bytes: int
   share: float  # of the training split's accesses
   distinct: float  # expected rows that a device touches in a step
   buffer_bytes: int  # of a device: requests and rows, both directions
@@ -149,10 +151,13 @@ class Prediction:
 
   topology: str = ""
   tiers: tuple[TierReport, ...] = ()  # group by group, in rank order
-  seconds: Terms = ()  # of a step, by term
+  seconds: Terms = ()  # of a step, by term, what is hidden left out
   sent: Terms = ()  # bytes that a device sends in a step, by kind
   network: Terms = ()  # of those, the bytes to other nodes, by kind
   memory: Terms = ()  # bytes of a device, by kind
+  # Of the stored rows' way to a device and back, beside the step: "host rows"
+  # of `seconds` is what of it is not hidden.
+  host_seconds: Terms = ()
 
   @property
   def step_seconds(self) -> float:
@@ -250,6 +255,6 @@ def _group(found: dict[str, Any]) -> Group:
 
 def _prediction(found: dict[str, Any]) -> Prediction:
   found["tiers"] = tuple(TierReport(**t) for t in found["tiers"])
-  for name in ("seconds", "sent", "network", "memory"):
+  for name in ("seconds", "sent", "network", "memory", "host_seconds"):
     found[name] = tuple((k, v) for k, v in found[name])
   return Prediction(**found)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from recjax.plan.plan import COLD, HOT, WARM, Plan
+from recjax.plan.plan import COLD, FROZEN, HOT, WARM, Plan
 from recjax.planner import common_order, step_cost, table_shards
 from recjax.planner import traffic as traffic_lib
 from recjax.planner.problem import HOT_SYNCS, Problem
@@ -26,7 +26,7 @@ class Baseline:
   seconds: float  # of a step; nan where it does not fit
   bytes_per_sample: float
   device_bytes: float  # tables and slot variables of the fullest device
-  host_bytes: float  # of all hosts
+  host_bytes: float  # of all hosts, on their SSDs too
   note: str = ""
 
 
@@ -49,19 +49,18 @@ def of_plan(plan: Plan) -> Baseline:
   tiers = plan.prediction.tiers
   rows = {
     name: sum(t.rows for t in tiers if t.tier == name)
-    for name in (HOT, WARM, COLD)
+    for name in (HOT, WARM, COLD, FROZEN)
   }
-  on_hosts = {
-    (g.name, t.name) for g in plan.groups for t in g.tiers if t.memory == "host"
-  }
-  of_hosts = [t.bytes for t in tiers if (t.group, t.tier) in on_hosts]
+  stored = {(g.name, t.name) for g in plan.groups for t in g.stored}
+  of_hosts = [t.bytes for t in tiers if (t.group, t.tier) in stored]
+  frozen = f", {rows[FROZEN]:,} frozen" if rows[FROZEN] else ""
   return Baseline(
     "recjax",
     plan.prediction.step_seconds,
     plan.bytes_per_sample,
     sum(t.bytes for t in tiers) - sum(of_hosts),
     sum(of_hosts),
-    f"{rows[HOT]:,} hot, {rows[WARM]:,} warm, {rows[COLD]:,} cold rows",
+    f"{rows[HOT]:,} hot, {rows[WARM]:,} warm, {rows[COLD]:,} cold{frozen} rows",
   )
 
 
@@ -82,7 +81,10 @@ def row_wise(
   for p, rows in zip(problems, warm, strict=True):
     uses = p.profile.cumulative(p.profile.uses * p.shape.local)
     on_hosts = float(uses.between(rows, p.profile.rows))
-    traffics.append(Traffic(0.0, float(uses(rows)), on_hosts))
+    # An owner's visitors: each of the lookups that devices send it.
+    traffics.append(
+      Traffic(0.0, float(uses(rows)), on_hosts, visitors=on_hosts)
+    )
     cold += p.profile.rows - rows
   return _baseline(
     "row-wise, not coalesced",
@@ -113,6 +115,7 @@ def fae(
         0.0,
         float(p.buffers(rows, p.profile.rows)),
         p.gathered(rows, hot_sync),
+        visitors=float(p.visitors(rows, p.profile.rows)),
       )
       for p, rows in zip(problems, hot, strict=True)
     ]

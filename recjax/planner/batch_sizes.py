@@ -16,6 +16,7 @@ def plans(
   groups: Sequence[TableGroup],
   table_wise: tuple[str, ...] = (),
   transports: tuple[Transport, ...] = (),
+  ssd_bytes: int = 0,
 ) -> dict[int, Plan]:
   """Plans by global batch size: powers of two times n, as far as they fit.
 
@@ -26,6 +27,7 @@ def plans(
     groups: their tables.
     table_wise: tables that are table-wise at every size.
     transports: to choose from; none = all that the mesh has.
+    ssd_bytes: budget of a host's SSDs.
   """
   n, t = problems[0].shape.devices, problems[0].topology
   found = {}
@@ -45,6 +47,7 @@ def plans(
         hosts=t.hosts(n),
         device_bytes=device,
         host_bytes=host,
+        ssd_bytes=ssd_bytes,
         table_wise=table_wise,
         transports=transports,
       )

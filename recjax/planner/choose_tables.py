@@ -7,6 +7,7 @@ import numpy as np
 
 from recjax.plan import layout
 from recjax.planner.problem import Cuts, Problem
+from recjax.planner.stored_rows import Room
 from recjax.planner.table_wise import Choice, Placement
 from recjax.planner.transport import FLAT
 
@@ -64,7 +65,7 @@ def best(
   problem: Problem,
   found: Cuts,
   fit: int,
-  host_rows: int,
+  room: Room,
   *,
   fixed: bool,
   tables: tuple[int, ...] | None = None,
@@ -75,7 +76,8 @@ def best(
     problem: what is minimised.
     found: the cuts that are best without table-wise tables; of the flat
       exchange.
-    fit, host_rows: rows that a device, and all hosts, can hold.
+    fit: rows that a device can hold.
+    room: of all hosts.
     fixed: whether the cut points are given.
     tables: that are table-wise; None = those of least cost.
 
@@ -86,13 +88,17 @@ def best(
   wanted = candidates(problem) if tables is None else tables
   if n == 1 or not wanted or profile.of_table is None:
     return found, None
-  tried = _tried(problem, found, fit, host_rows, fixed)
+  tried = _tried(problem, found, fit, room, fixed)
+
+  def cuts(hot: int, warm_end: int) -> Cuts:
+    cold_end = int(room.cold_end(profile.rows, warm_end, n))
+    return Cuts(hot, warm_end, found.hot_sync, FLAT, cold_end)
 
   def at(hot: int, warm_end: int) -> Placement:
     most = -(-(warm_end - hot) // n)
     if warm_end == profile.rows:  # memory that no row needs is there to be used
       most = max(most, int(layout.most_sharded(1 << 62, hot, fit, n)) // n)
-    return Placement(problem, Cuts(hot, warm_end, found.hot_sync, FLAT), most)
+    return Placement(problem, cuts(hot, warm_end), most)
 
   def offer(
     ends: tuple[int, int], owner: Iterable[int] | None
@@ -112,11 +118,11 @@ def best(
   cost, ends, choice = min(offers, key=lambda x: x[0])
   if not choice.owner or cost >= least:
     return found, None
-  return Cuts(*ends, found.hot_sync, FLAT), choice
+  return cuts(*ends), choice
 
 
 def _tried(
-  problem: Problem, found: Cuts, fit: int, host_rows: int, fixed: bool
+  problem: Problem, found: Cuts, fit: int, room: Room, fixed: bool
 ) -> list[tuple[int, int]]:
   """(hot, warm_end) that are tried, in rising order.
 
@@ -128,6 +134,6 @@ def _tried(
     lower = profile.ends[profile.ends < found.hot]
     hots = lower[np.linspace(0, len(lower) - 1, _CUTS).astype(int)]
     ends = hots + layout.most_sharded(profile.rows, hots, fit, n)
-    fits = layout.shard_rows(profile.rows - ends, n) * n <= host_rows
+    fits = room.fits(profile.rows - ends, n)
     tried = np.append(tried, np.stack([hots, ends], axis=1)[fits], axis=0)
   return [(int(a), int(b)) for a, b in np.unique(tried, axis=0) if a < b]

@@ -3,7 +3,11 @@
 An option is a pair of cut points and a transport; options with rows in the same
 tiers and the same transport are of a kind. Within a kind costs are linear in
 the rows (without padding of buffers), so that a mix of options is as good as
-the options between them, and a linear program shares the memory out.
+the options between them, and a linear program shares the memory out. The step
+takes the longer of the devices' and the hosts' path: the program minimises a
+time that is below neither, and its dual values say what a second on either path
+is worth, and a byte of either memory. Which rows are frozen is settled before
+(planner/stored_rows.py).
 """
 
 import dataclasses
@@ -17,7 +21,8 @@ from scipy import optimize, sparse
 
 from recjax.plan import layout
 from recjax.planner import memory_budgets as budgets_lib
-from recjax.planner.problem import Cuts, Problem, joint_cost
+from recjax.planner.host_path import HIDDEN, NO_PATHS, Paths
+from recjax.planner.problem import Cuts, Problem, joint_paths
 from recjax.planner.traffic import Part, StepShape, Traffic, messages
 from recjax.planner.transport import Transport
 
@@ -25,6 +30,8 @@ _GRID = 48  # cut points of a grid, in frequency, rank and its logarithm each
 _LEVELS = 8  # amounts of the hosts' memory that options are kept for
 _CHOICES = 20_000  # of a kind for every group, at most
 _PROGRAMS = 40  # linear programs, at most
+# What a second of the devices may be worth, one of the hosts worth the rest.
+_WEIGHTS = (1.0, 0.9, 0.5, 0.1, 0.0)
 
 
 class Share(NamedTuple):
@@ -33,15 +40,16 @@ class Share(NamedTuple):
   device: float
   host: float
   transport: Transport
+  rest: Paths = NO_PATHS  # what the other groups do, as planned here
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Options:
   """A group's options of a kind: [P] each."""
 
-  cost: np.ndarray
+  paths: Paths  # seconds, or bytes
   device: np.ndarray  # bytes of a device
-  host: np.ndarray  # bytes of all hosts
+  host: np.ndarray  # bytes of all hosts, on their SSDs too where they have any
   transport: Transport
   shape: StepShape
   traffic: Traffic  # of next to no rows in the kind's tiers
@@ -56,9 +64,14 @@ class Options:
     return frozenset(levels | ({"all-reduce"} if self.traffic.hot else set()))
 
   def bound(self, prices: np.ndarray) -> float:
-    """The least cost of an option with rent, at prices [2] of a byte."""
-    rents = prices[0] * self.device + prices[1] * self.host
-    return float(np.min(self.cost + rents))
+    """The least cost of an option with rent.
+
+    Args:
+      prices: [4] of a second on the devices and on the hosts, and of a byte of
+        a device's and of the hosts' memory.
+    """
+    held = (*self.paths, self.device, self.host)
+    return float(np.min(sum(p * x for p, x in zip(prices, held, strict=True))))
 
 
 # ---- The options of a group
@@ -69,6 +82,7 @@ def of_problem(
   hot_rows: int,
   hot_syncs: tuple[str, ...],
   transports: tuple[Transport, ...],
+  cold_end: int | None = None,
 ) -> list[Options]:
   """A group's options, by kind.
 
@@ -78,6 +92,7 @@ def of_problem(
     problem: of the group.
     hot_rows: given, where >= 0.
     hot_syncs, transports: to choose from.
+    cold_end: rank where rows are frozen if they are stored; None = nowhere.
   """
   grid, rows = _grid(problem), problem.profile.rows
   hot = grid if hot_rows < 0 else np.array([hot_rows])
@@ -88,27 +103,36 @@ def of_problem(
   found = []
   for transport in transports:
     cuts = _cuts(problem, a, z, transport)
+    if cold_end is not None:
+      frozen_from = np.maximum(cuts.warm_end, cold_end)
+      cuts = dataclasses.replace(cuts, cold_end=frozen_from)
     traffic = problem.traffic(cuts)
-    costs = [
-      problem.evaluate(
+    ways = [
+      problem.paths(
         dataclasses.replace(traffic, gathered=problem.gathered(a, hot_sync))
       )
       for hot_sync in hot_syncs
     ]
+    seconds = (
+      np.min([x.device + 0.0 * a for x in ways], axis=0),
+      ways[0].host + 0.0 * a,
+    )
     tiers = np.stack([cuts.hot, cuts.warm, rows - cuts.warm_end]) > 0
     kind = np.array([1, 2, 4]) @ tiers
     held = (
       budgets_lib.shard_bytes(problem, cuts),
-      budgets_lib.cold_bytes(problem, cuts),
+      budgets_lib.cold_bytes(problem, cuts)
+      + budgets_lib.frozen_bytes(problem, cuts),
     )
     for k in np.unique(kind):
       of_kind = np.flatnonzero(kind == k)
-      cost, device, host = (x[of_kind] for x in (np.min(costs, axis=0), *held))
-      kept = _undominated(cost, device, host)
+      on_device, on_host, device, host = (x[of_kind] for x in (*seconds, *held))
+      paths = Paths(on_device, on_host)
+      kept = _undominated(paths, device, host)
       on = (np.array([1, 2, 4]) & k) > 0
       found.append(
         Options(
-          cost[kept],
+          Paths(on_device[kept], on_host[kept]),
           device[kept].astype(np.float64),
           host[kept].astype(np.float64),
           transport,
@@ -154,15 +178,21 @@ def _tiny(on: np.ndarray, transport: Transport) -> Traffic:
 
 
 def _undominated(
-  cost: np.ndarray, device: np.ndarray, host: np.ndarray
+  paths: Paths, device: np.ndarray, host: np.ndarray
 ) -> np.ndarray:
-  """Indices of options that cost less than all that take no more memory."""
-  order = np.lexsort((host, cost, device))
-  keep = np.zeros(len(order), bool)
-  for level in np.quantile(host, np.linspace(1 / _LEVELS, 1, _LEVELS)):
-    inside = order[host[order] <= level]
-    least = np.minimum.accumulate(cost[inside])
-    keep[inside[cost[inside] < np.append(np.inf, least[:-1])]] = True
+  """Indices of options that cost less than all that take no more memory.
+
+  By several weights of the two paths.
+  """
+  keep = np.zeros(len(device), bool)
+  levels = np.quantile(host, np.linspace(1 / _LEVELS, 1, _LEVELS))
+  for weight in _WEIGHTS if np.any(paths.host) else _WEIGHTS[:1]:
+    cost = weight * paths.device + (1 - weight) * paths.host
+    order = np.lexsort((host, cost, device))
+    for level in levels:
+      inside = order[host[order] <= level]
+      least = np.minimum.accumulate(cost[inside])
+      keep[inside[cost[inside] < np.append(np.inf, least[:-1])]] = True
   return np.flatnonzero(keep)
 
 
@@ -174,6 +204,7 @@ def best_shares(
   options: Sequence[Sequence[Options]],
   budgets: tuple[int, int],
   count: int,
+  of_hosts: float = 0.0,
 ) -> list[list[Share]]:
   """The groups' shares of both memories, for the best choices of kinds.
 
@@ -182,6 +213,7 @@ def best_shares(
     options: each group's, by kind.
     budgets: bytes of a device, and of all hosts.
     count: of the choices that are returned, the cheapest first.
+    of_hosts: what the hosts do once for all groups.
   """
   limits = np.array(budgets, np.float64)
   relaxed = _program([_joined(kinds) for kinds in options], limits)
@@ -192,8 +224,8 @@ def best_shares(
     sorted(kinds, key=lambda o: o.bound(relaxed.prices))[:most]
     for kinds in options
   ]
-  fixed = _fixed_costs(problems, options, limits)
-  bounds = fixed + _bounds(options, relaxed.prices, limits)
+  fixed = Paths(_fixed_costs(problems, options, limits), of_hosts)
+  bounds = _bounds(options, relaxed.prices, limits, fixed)
   found: list[tuple[float, list[Share]]] = []
   for _ in range(_PROGRAMS):
     choice = np.unravel_index(int(np.argmin(bounds)), bounds.shape)
@@ -202,11 +234,12 @@ def best_shares(
     ):
       break
     kinds = [of[k] for of, k in zip(options, choice, strict=True)]
-    solved = _program(kinds, limits)
+    once = Paths(float(fixed.device[choice]), of_hosts)
+    solved = _program(kinds, limits, once)
     if solved is not None:
-      found.append((solved.cost + float(fixed[choice]), solved.shares))
+      found.append((solved.cost, solved.shares))
       found.sort(key=lambda x: x[0])
-      again = fixed + _bounds(options, solved.prices, limits)
+      again = _bounds(options, solved.prices, limits, fixed)
       bounds = np.maximum(bounds, again)
     bounds[choice] = np.inf  # done
   return [shares for _, shares in found[:count]]
@@ -215,61 +248,88 @@ def best_shares(
 class _Solved(NamedTuple):
   cost: float
   shares: list[Share]
-  prices: np.ndarray  # [2] of a byte of a device's and of the hosts' memory
+  prices: np.ndarray  # [4], see Options.bound
 
 
-def _program(groups: Sequence[Options], limits: np.ndarray) -> _Solved | None:
-  """Mixes each group's options within the limits; None where none fit."""
-  cost = np.concatenate([o.cost for o in groups])
-  held = np.stack(
-    [
-      np.concatenate([o.device for o in groups]),
-      np.concatenate([o.host for o in groups]),
-    ]
+def _program(
+  groups: Sequence[Options], limits: np.ndarray, fixed: Paths = NO_PATHS
+) -> _Solved | None:
+  """Mixes each group's options within the limits; None where none fit.
+
+  The last variable is the step's time: no less than either path's.
+
+  Args:
+    groups: options of each.
+    limits: [2] bytes of a device and of all hosts.
+    fixed: what is done once for all groups.
+  """
+  joined = lambda of: np.concatenate([of(o) for o in groups])
+  paths = np.stack(
+    [joined(lambda o: o.paths.device), joined(lambda o: o.paths.host)]
   )
-  scale = max(float(np.abs(cost).max()), 1e-30)
+  held = np.stack([joined(lambda o: o.device), joined(lambda o: o.host)])
+  scale = max(float(np.abs(paths).max()), 1e-30)
   unit = np.maximum(limits, 1.0)
+  sizes = [len(o.device) for o in groups]
+  mixes = sparse.block_diag(
+    [sparse.coo_array(np.ones((1, size))) for size in sizes]
+  )
+  longer, no = np.array([[-1.0], [-1.0]]), np.zeros((2, 1))
   found = optimize.linprog(
-    cost / scale,
-    A_ub=held / unit[:, None],
-    b_ub=limits / unit,
-    A_eq=sparse.block_diag(
-      [sparse.coo_array(np.ones((1, len(o.cost)))) for o in groups]
-    ),
+    np.append(HIDDEN * paths[1] / scale, 1.0),
+    A_ub=np.block([[paths / scale, longer], [held / unit[:, None], no]]),
+    b_ub=np.concatenate([-np.array(fixed) / scale, limits / unit]),
+    A_eq=sparse.hstack([mixes, sparse.coo_array((len(groups), 1))]),
     b_eq=np.ones(len(groups)),
   )
   if found.status != 0:
     return None
-  ends = np.cumsum([0, *(len(o.cost) for o in groups)])
-  shares = [
-    Share(float(o.device @ found.x[i:j]), float(o.host @ found.x[i:j]),
-          o.transport)
-    for o, (i, j) in zip(groups, itertools.pairwise(ends), strict=True)
-  ]  # fmt: skip
-  prices = -found.ineqlin.marginals * scale / unit
-  return _Solved(float(found.fun) * scale, shares, prices)
+  mix = found.x[:-1]
+  taken = Paths(*paths @ mix).beside(fixed)
+  shares = []
+  for o, (i, j) in zip(
+    groups, itertools.pairwise(np.cumsum([0, *sizes])), strict=True
+  ):
+    device, host, *own = (
+      float(x @ mix[i:j]) for x in (o.device, o.host, *o.paths)
+    )
+    rest = Paths(taken.device - own[0], taken.host - own[1])
+    shares.append(Share(device, host, o.transport, rest))
+  worth = np.maximum(-found.ineqlin.marginals, 0.0)
+  seconds = worth[:2] + np.array([0.0, HIDDEN])
+  prices = np.concatenate([seconds, worth[2:] * scale / unit])
+  cost = float(found.fun) * scale + HIDDEN * fixed.host
+  return _Solved(cost, shares, prices)
 
 
 def _joined(kinds: Sequence[Options]) -> Options:
   """The options of all kinds, as if mixes of them could be taken."""
   return dataclasses.replace(
     kinds[0],
-    cost=np.concatenate([o.cost for o in kinds]),
+    paths=Paths(
+      np.concatenate([o.paths.device for o in kinds]),
+      np.concatenate([o.paths.host for o in kinds]),
+    ),
     device=np.concatenate([o.device for o in kinds]),
     host=np.concatenate([o.host for o in kinds]),
   )
 
 
 def _bounds(
-  options: Sequence[Sequence[Options]], prices: np.ndarray, limits: np.ndarray
+  options: Sequence[Sequence[Options]],
+  prices: np.ndarray,
+  limits: np.ndarray,
+  fixed: Paths,
 ) -> np.ndarray:
   """What each choice of kinds costs at least, by these prices.
 
-  Without what the groups share: an axis a group, over its kinds.
+  An axis a group, over its kinds. The longer path is no shorter than any mean
+  of both, here the one that the prices of their seconds weigh.
   """
-  return _outer([[o.bound(prices) for o in of] for of in options]) - float(
-    prices @ limits
-  )
+  least = _outer([[o.bound(prices) for o in of] for of in options])
+  some = np.isfinite(fixed.device)
+  once = prices[0] * np.where(some, fixed.device, 0.0) + prices[1] * fixed.host
+  return least + np.where(some, once, np.inf) - float(prices[2:] @ limits)
 
 
 def _outer(values: Sequence[Sequence[float]]) -> np.ndarray:
@@ -304,6 +364,6 @@ def _shared(problems: Sequence[Problem], kinds: Sequence[Options]) -> float:
   """What groups of these kinds pay once: latencies of shared collectives."""
   traffics = [o.traffic for o in kinds]
   own = sum(
-    float(p.evaluate(x)) for p, x in zip(problems, traffics, strict=True)
+    float(p.paths(x).device) for p, x in zip(problems, traffics, strict=True)
   )
-  return float(joint_cost(problems, traffics)) - own
+  return float(joint_paths(problems, traffics).device) - own

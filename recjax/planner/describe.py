@@ -48,6 +48,23 @@ def describe(plan: Plan) -> str:
   return "\n".join(lines + _predicted(plan))
 
 
+def host_path(plan: Plan) -> str:
+  """What stored rows' way to the devices and back takes beside a step.
+
+  Empty where no rows are stored.
+  """
+  terms = [(k, v) for k, v in plan.prediction.host_seconds if v > 0]
+  if not terms:
+    return ""
+  whole = sum(v for _, v in terms)
+  shown = dict(plan.prediction.seconds).get("host rows", 0.0)
+  parts = ", ".join(f"{k} {v * 1e3:,.3g}" for k, v in terms)
+  return (
+    f"stored rows to the devices and back, beside the step: {whole * 1e3:,.3g} "
+    f"ms ({parts}), of which {max(whole - shown, 0) * 1e3:,.3g} ms are hidden"
+  )
+
+
 def _tiers(plan: Plan, group: Group) -> list[str]:
   """The lines of a group's tiers, those without rows included."""
   where = {"device": "a device", "host": "of hosts", "ssd": "of SSDs"}
@@ -94,4 +111,6 @@ def _predicted(plan: Plan) -> list[str]:
   ):
     parts = [f"{k} {v * scale:,.3g}" for k, v in terms if v * scale >= 5e-4]
     lines.append(f"  {title} ({unit}): {', '.join(parts)}")
+  if beside := host_path(plan):
+    lines.insert(2, f"  {beside}")
   return lines

@@ -3,12 +3,16 @@
 Each group has options (planner/cut_options.py): pairs of cut points from a
 grid, with each way in which rows travel. With one option a group, or a mix of
 neighbours, a linear program gives every group its share of both memories; its
-dual values are the prices of device and host memory. Latencies of a tier that
+dual values are the prices of device and host memory, and of time on the
+devices and on the hosts, of which the longer counts. Latencies of a tier that
 has rows at all, and those that groups share, make it one program for every
 choice of tiers: they are tried in the order of their bound at those prices, as
 long as it is below the best. Each group then takes the best cuts for its share
-(`cut_points.best_cuts`), and what is left over goes to the group that gains
-most.
+(`cut_points.best_cuts`), beside what the others do, and what is left over goes
+to the group that gains most. Where hosts have SSDs, the rows that are frozen
+are those of some cuts that fit, then those of the cuts found
+(`memory_budgets.stored`): they hardly depend on which group has which part of
+the devices' memory.
 """
 
 import dataclasses
@@ -17,11 +21,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from recjax.planner import cut_options as options_lib
-from recjax.planner import cut_points
+from recjax.planner import cut_points, host_path
 from recjax.planner import memory_budgets as budgets_lib
 from recjax.planner.cut_options import Share
+from recjax.planner.host_path import Paths
 from recjax.planner.memory_budgets import Budgets, Given
-from recjax.planner.problem import Cuts, Problem, joint_cost
+from recjax.planner.problem import Cuts, Problem, joint_paths
 from recjax.planner.transport import Transport
 
 _REALISED = 2  # choices of tiers whose best cuts are worked out
@@ -55,8 +60,10 @@ def best_cuts(
   planner = _Planner(problems, budgets, given, hot_syncs, transports)
   if given.warm_rows >= 0:
     return min([tuple(fitting), *planner.at_given_cuts()], key=planner.cost)
-  tried = [tuple(fitting), *planner.by_shares()]
-  return planner.filled(min(tried, key=planner.cost))
+  found = min([tuple(fitting), *planner.by_shares(fitting)], key=planner.cost)
+  if planner.frozen(found):
+    found = min([found, *planner.by_shares(found)], key=planner.cost)
+  return planner.filled(found)
 
 
 def _alone(
@@ -71,8 +78,10 @@ def _alone(
     problem,
     budgets.device_bytes // size,
     budgets.all_hosts // size,
+    ssd_rows=budgets.all_ssds // size,
     hot_rows=given.hot_rows,
     warm_rows=given.warm_rows,
+    cold_rows=given.cold_rows,
     hot_syncs=hot_syncs,
     transports=transports,
   )
@@ -88,28 +97,56 @@ class _Planner:
   hot_syncs: tuple[str, ...]
   transports: tuple[Transport, ...]
 
-  def cost(self, cuts: Sequence[Cuts]) -> float:
-    """Seconds or bytes of a step of all groups."""
+  def paths(self, cuts: Sequence[Cuts]) -> Paths:
+    """Seconds or bytes of both paths of a step of all groups."""
     pairs = zip(self.problems, cuts, strict=True)
-    return float(joint_cost(self.problems, [p.traffic(c) for p, c in pairs]))
+    return joint_paths(self.problems, [p.traffic(c) for p, c in pairs])
 
-  def _held(self, cuts: Sequence[Cuts]) -> tuple[int, int]:
-    """Bytes of a device, and of all hosts."""
-    pairs = list(zip(self.problems, cuts, strict=True))
-    device = sum(int(budgets_lib.shard_bytes(*x)) for x in pairs)
-    return device, sum(int(budgets_lib.cold_bytes(*x)) for x in pairs)
+  def cost(self, cuts: Sequence[Cuts]) -> float:
+    """What is minimised: seconds or bytes of a step of all groups."""
+    return float(self.paths(cuts).cost)
 
-  def by_shares(self) -> list[tuple[Cuts, ...]]:
+  def frozen(self, cuts: Sequence[Cuts]) -> int:
+    """Frozen rows of all groups."""
+    pairs = zip(self.problems, cuts, strict=True)
+    return sum(int(c.frozen(p.profile.rows)) for p, c in pairs)
+
+  def _waits(self, frozen: Sequence[Cuts]) -> float:
+    """Seconds of the hosts that all groups with frozen rows pay once."""
+    p = self.problems[0]
+    if p.objective == "bytes" or not self.frozen(frozen):
+      return 0.0
+    return host_path.page_latency(p.shape, p.topology)
+
+  def _stored(self, cuts: Sequence[Cuts]) -> tuple[Cuts, ...]:
+    """The cuts with the hosts' memory shared out, where they have SSDs."""
+    if not self.budgets.ssd_bytes and self.given.cold_rows < 0:
+      return tuple(cuts)
+    return budgets_lib.stored(self.problems, cuts, self.budgets, self.given)
+
+  def _fit(self, cuts: Sequence[Cuts]) -> bool:
+    device = budgets_lib.all_bytes(self.problems, cuts, budgets_lib.shard_bytes)
+    return device <= self.budgets.device_bytes and budgets_lib.fit(
+      self.problems, cuts, self.budgets
+    )
+
+  def by_shares(self, frozen: Sequence[Cuts]) -> list[tuple[Cuts, ...]]:
     """Cuts that are best for each group's share of the memory.
 
     With any transport for each group, and with the same one for all: padding
     of buffers and what groups share make either better than a program shows.
+
+    Args:
+      frozen: cuts whose frozen rows are frozen in what is shared out.
     """
     options = [
-      options_lib.of_problem(p, hot, self.hot_syncs, self.transports)
-      for p, hot in zip(self.problems, self.given.hot(), strict=True)
+      options_lib.of_problem(
+        p, hot, self.hot_syncs, self.transports, c.cold_end
+      )
+      for p, hot, c in zip(self.problems, self.given.hot(), frozen, strict=True)
     ]
-    budgets = self.budgets.device_bytes, self.budgets.all_hosts
+    of_hosts = self.budgets.all_hosts + self.budgets.all_ssds
+    budgets = self.budgets.device_bytes, of_hosts
     chosen = [options]
     if len(self.transports) > 1:
       chosen += [
@@ -118,27 +155,38 @@ class _Planner:
       ]
     found = []
     for of in chosen:
-      shares = options_lib.best_shares(self.problems, of, budgets, _REALISED)
-      found += [self._realised(x) for x in shares]
-    return [x for x in found if x is not None]
+      shares = options_lib.best_shares(
+        self.problems, of, budgets, _REALISED, self._waits(frozen)
+      )
+      found += [self._realised(x, frozen) for x in shares]
+    return [x for x in found if x is not None and self._fit(x)]
 
-  def _realised(self, shares: Sequence[Share]) -> tuple[Cuts, ...] | None:
+  def _realised(
+    self, shares: Sequence[Share], frozen: Sequence[Cuts]
+  ) -> tuple[Cuts, ...] | None:
     """The groups' best cuts, each for its share and what is left so far.
 
     None where one finds no place.
     """
     found = []
+    on_ssd = [
+      int(budgets_lib.frozen_bytes(p, c))
+      for p, c in zip(self.problems, frozen, strict=True)
+    ]
     device = self.budgets.device_bytes - sum(x.device for x in shares)
-    host = self.budgets.all_hosts - sum(x.host for x in shares)
-    for p, share, hot in zip(
-      self.problems, shares, self.given.hot(), strict=True
+    host = self.budgets.all_hosts - sum(x.host for x in shares) + sum(on_ssd)
+    ssd = self.budgets.all_ssds - sum(on_ssd)
+    for p, share, hot, on in zip(
+      self.problems, shares, self.given.hot(), on_ssd, strict=True
     ):
-      device, host = device + share.device, host + share.host
+      device += share.device
+      host, ssd = host + share.host - on, ssd + on
       size = p.shape.stored_bytes
       cuts = cut_points.best_cuts(
-        p,
+        dataclasses.replace(p, rest=share.rest),
         int(device) // size,
-        int(host) // size,
+        max(int(host), 0) // size,
+        ssd_rows=max(ssd, 0) // size,
         hot_rows=hot,
         hot_syncs=self.hot_syncs,
         transports=(share.transport,),
@@ -148,7 +196,8 @@ class _Planner:
       found.append(cuts)
       device -= int(budgets_lib.shard_bytes(p, cuts))
       host -= int(budgets_lib.cold_bytes(p, cuts))
-    return tuple(found)
+      ssd -= int(budgets_lib.frozen_bytes(p, cuts))
+    return self._stored(found)
 
   # ---- What is left over
 
@@ -169,25 +218,35 @@ class _Planner:
 
   def _offer(self, cuts: tuple[Cuts, ...], i: int) -> tuple[Cuts, ...]:
     """The cuts with group i's best ones in all memory that others leave."""
-    p = self.problems[i]
-    device, host = self._held(cuts)
-    left = self.budgets.device_bytes - device, self.budgets.all_hosts - host
-    own = (
-      int(budgets_lib.shard_bytes(p, cuts[i])),
-      int(budgets_lib.cold_bytes(p, cuts[i])),
+    p, budgets = self.problems[i], self.budgets
+    fit, host_rows, ssd_rows = (
+      (
+        budget
+        - budgets_lib.all_bytes(self.problems, cuts, of)
+        + int(of(p, cuts[i]))
+      )
+      // p.shape.stored_bytes
+      for budget, of in (
+        (budgets.device_bytes, budgets_lib.shard_bytes),
+        (budgets.all_hosts, budgets_lib.cold_bytes),
+        (budgets.all_ssds, budgets_lib.frozen_bytes),
+      )
     )
-    fit, host_rows = (
-      (a + b) // p.shape.stored_bytes for a, b in zip(left, own, strict=True)
-    )
+    together, own = self.paths(cuts), p.paths(p.traffic(cuts[i]))
+    rest = Paths(together.device - own.device, together.host - own.host)
     found = cut_points.best_cuts(
-      p,
+      dataclasses.replace(p, rest=rest),
       fit,
       host_rows,
+      ssd_rows=ssd_rows,
       hot_rows=self.given.hot()[i],
       hot_syncs=self.hot_syncs,
       transports=self.transports,
     )
-    return cuts if found is None else (*cuts[:i], found, *cuts[i + 1 :])
+    if found is None:
+      return cuts
+    offer = self._stored((*cuts[:i], found, *cuts[i + 1 :]))
+    return offer if self._fit(offer) else cuts
 
   # ---- Given cuts
 
@@ -209,10 +268,8 @@ class _Planner:
           self._cheapest_sync(p, hot, hot + warm, transport)
           for p, (hot, warm) in zip(self.problems, ends, strict=True)
         )
-        device, host = self._held(cuts)
-        if device <= self.budgets.device_bytes and (
-          host <= self.budgets.all_hosts
-        ):
+        cuts = self._stored(cuts)
+        if self._fit(cuts):
           found.append(cuts)
     return found
 

@@ -10,6 +10,7 @@ import numpy as np
 from recjax.plan import layout
 from recjax.plan.plan import (
   COLD,
+  FROZEN,
   HOT,
   VISITORS,
   WARM,
@@ -20,7 +21,7 @@ from recjax.plan.plan import (
   Tier,
   TierReport,
 )
-from recjax.planner import communication, memory_budgets, step_cost
+from recjax.planner import communication, host_path, memory_budgets, step_cost
 from recjax.planner import traffic as traffic_lib
 from recjax.planner.problem import Cuts, Problem
 from recjax.planner.table_wise import Choice
@@ -63,8 +64,18 @@ class Placed(NamedTuple):
 
   @property
   def host_bytes(self) -> int:
-    """Bytes of all hosts."""
+    """Bytes of all hosts' memories."""
     return int(memory_budgets.cold_bytes(self.problem, self.cuts))
+
+  @property
+  def ssd_bytes(self) -> int:
+    """Bytes of all hosts' SSDs."""
+    return int(memory_budgets.frozen_bytes(self.problem, self.cuts))
+
+  @property
+  def frozen(self) -> int:
+    """Rows on SSDs."""
+    return int(self.cuts.frozen(self.problem.profile.rows))
 
   def traffic(self, capacity: int = 0) -> Traffic:
     """What the placement asks of a step; `capacity` of buffers, where > 0."""
@@ -126,6 +137,7 @@ def plan(
         for tier in found
       ),
       seconds=_terms(step_cost.step_seconds(parts, topology)),
+      host_seconds=_terms(host_path.seconds(parts, topology)),
       sent=_terms(traffic_lib.sent_bytes(parts)),
       network=_terms(traffic_lib.network_bytes(parts)),
       memory=_terms(memory),
@@ -179,7 +191,8 @@ def _tiers(placed: Placed, traffic: Traffic) -> tuple[Tier, ...]:
   n, nodes = placed.problem.shape.devices, placed.problem.shape.nodes
   cuts, owners = placed.cuts, placed.warm_owners
   start = cuts.hot + placed.warm  # of the cold tier, as a position
-  cold = placed.problem.profile.rows - cuts.warm_end
+  frozen = placed.frozen
+  cold = placed.problem.profile.rows - cuts.warm_end - frozen
   gathered = 0 if traffic.gathered is None else math.ceil(traffic.gathered)
   tiers = (
     Tier(HOT, 0, cuts.hot, 1, (), cuts.hot, capacity=gathered),
@@ -202,6 +215,15 @@ def _tiers(placed: Placed, traffic: Traffic) -> tuple[Tier, ...]:
       layout.shard_rows(cold, n),
       memory="host",
     ),
+    Tier(
+      FROZEN,
+      start + cold,
+      frozen,
+      n,
+      AXES,
+      layout.shard_rows(frozen, n),
+      memory="ssd",
+    ),
   )
   return tuple(t for t in tiers if t.rows)
 
@@ -212,11 +234,13 @@ def _rows(buffer: float | np.ndarray | None) -> int:
 
 def _ranks(placed: Placed, tier: Tier) -> tuple[int, int]:
   """The ranks of a tier's rows: [first, stop)."""
-  cuts = placed.cuts
+  cuts, rows = placed.cuts, placed.problem.profile.rows
+  cold_end = rows - placed.frozen
   return {
     HOT: (0, cuts.hot),
     WARM: (cuts.hot, cuts.warm_end),
-    COLD: (cuts.warm_end, placed.problem.profile.rows),
+    COLD: (cuts.warm_end, cold_end),
+    FROZEN: (cold_end, rows),
   }[tier.name]
 
 
@@ -234,12 +258,15 @@ def _report(placed: Placed, tier: Tier, traffic: Traffic) -> TierReport:
   distinct = float(problem.distinct(start, stop))
   if placed.choice and tier.name == WARM:
     distinct = placed.choice.distinct
+  visitors = _rows(traffic.cold) + _rows(traffic.inter_node_cold)
   buffers = {
     HOT: 0,
     WARM: _rows(traffic.warm) + _rows(traffic.inter_node_warm),
-    COLD: _rows(traffic.cold) + _rows(traffic.inter_node_cold),
+    COLD: visitors,
+    # One exchange for both, reported with the first.
+    FROZEN: visitors if start == placed.cuts.warm_end else 0,
   }[tier.name]
-  shards = tier.owners if tier.memory == "host" else 1
+  shards = 1 if tier.memory == "device" else tier.owners
   return TierReport(
     group="",
     tier=tier.name,
@@ -270,6 +297,7 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     hot=placed.cuts.hot,
     warm_shard=placed.warm_shard,
     buffers=sum(_rows(x) for x in buffers),
+    visitors=float(traffic.visitors),
     gathered=traffic.gathered,
     table_wise=traffic.table_wise,
     **tiled,

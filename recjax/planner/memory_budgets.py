@@ -2,12 +2,14 @@
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from recjax.errors import UserError
 from recjax.plan import layout
+from recjax.planner import stored_rows
 from recjax.planner.common_order import CommonOrder
 from recjax.planner.problem import Cuts, Problem
+from recjax.planner.stored_rows import Room
 from recjax.planner.transport import Transport
 
 
@@ -18,11 +20,17 @@ class Budgets:
   device_bytes: int  # of a device
   host_bytes: int  # of a host
   hosts: int
+  ssd_bytes: int = 0  # of a host's SSDs
 
   @property
   def all_hosts(self) -> int:
     """Bytes of all hosts."""
     return self.hosts * self.host_bytes
+
+  @property
+  def all_ssds(self) -> int:
+    """Bytes of all hosts' SSDs."""
+    return self.hosts * self.ssd_bytes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,10 +40,11 @@ class Given:
   order: CommonOrder
   hot_rows: int = -1  # -1: to be planned
   warm_rows: int = -1
+  cold_rows: int = -1
 
   @property
   def fixed(self) -> bool:
-    """Whether either is given."""
+    """Whether hot or warm rows are given."""
     return self.hot_rows >= 0 or self.warm_rows >= 0
 
   def hot(self) -> tuple[int, ...]:
@@ -52,6 +61,23 @@ class Given:
       for end, hot in zip(ends, self.order.split(hot_rows), strict=True)
     )
 
+  def cold(self, stored: Sequence[int]) -> tuple[int, ...] | None:
+    """Cold rows of groups that have so many stored ones; None: not given.
+
+    The most used of all stored rows.
+    """
+    if self.cold_rows < 0:
+      return None
+    rows = self.order.split(self.order.rows)
+
+    def below(rank: int) -> list[int]:
+      of = zip(self.order.split(rank), rows, stored, strict=True)
+      return [max(end - (r - s), 0) for end, r, s in of]
+
+    ranks = range(self.order.rows)
+    end = bisect.bisect_left(ranks, self.cold_rows, key=lambda r: sum(below(r)))
+    return tuple(below(end))
+
 
 def shard_bytes(problem: Problem, cuts: Cuts):
   """Bytes of a device that cuts take; numbers or arrays."""
@@ -61,10 +87,56 @@ def shard_bytes(problem: Problem, cuts: Cuts):
 
 
 def cold_bytes(problem: Problem, cuts: Cuts):
-  """Bytes of all hosts that cuts take; numbers or arrays."""
-  n, rows = problem.shape.devices, problem.profile.rows
-  cold = layout.shard_rows(rows - cuts.warm_end, n) * n
-  return cold * problem.shape.stored_bytes
+  """Bytes of all hosts' memories that cuts take; numbers or arrays."""
+  rows = problem.profile.rows
+  stored = rows - cuts.warm_end
+  return _sharded_bytes(problem, stored - cuts.frozen(rows))
+
+
+def frozen_bytes(problem: Problem, cuts: Cuts):
+  """Bytes of all hosts' SSDs that cuts take; numbers or arrays."""
+  return _sharded_bytes(problem, cuts.frozen(problem.profile.rows))
+
+
+def _sharded_bytes(problem: Problem, rows):
+  n = problem.shape.devices
+  return layout.shard_rows(rows, n) * n * problem.shape.stored_bytes
+
+
+def stored(
+  problems: Sequence[Problem],
+  found: Sequence[Cuts],
+  budgets: Budgets,
+  given: Given,
+) -> tuple[Cuts, ...]:
+  """The cuts with each group's part of the hosts' memory, as is best.
+
+  Rows are frozen only where there are SSDs and the hosts' memory is full, or
+  the cold rows are given.
+  """
+  n = problems[0].shape.devices
+  rows = [
+    p.profile.rows - int(c.warm_end)
+    for p, c in zip(problems, found, strict=True)
+  ]
+  cold = given.cold(rows)
+  if cold is not None:
+    pairs = zip(cold, rows, strict=True)
+    cold = [int(Room(0, cold=c).cold_rows(r, n)) for c, r in pairs]
+  elif budgets.ssd_bytes:
+    groups = [
+      stored_rows.of_group(
+        p.profile, p.pages_of_row, int(c.warm_end), p.shape.stored_bytes
+      )
+      for p, c in zip(problems, found, strict=True)
+    ]
+    cold = stored_rows.share_out(groups, budgets.all_hosts, n)
+  else:
+    cold = rows
+  return tuple(
+    dataclasses.replace(c, cold_end=int(c.warm_end) + rows)
+    for c, rows in zip(found, cold, strict=True)
+  )
 
 
 def check(
@@ -90,9 +162,20 @@ def check(
   if given.warm_rows >= 0:
     _check_warm(problems, budgets, given, hot_rows, transport)
   found = _packed(problems, budgets.device_bytes, given, hot_rows, transport)
-  if _cold_bytes(problems, found) > budgets.all_hosts:
+  found = stored(problems, found, budgets, given)
+  if not fit(problems, found, budgets):
     raise _hosts_too_small(problems, budgets, given, found)
   return found
+
+
+def fit(
+  problems: Sequence[Problem], found: Sequence[Cuts], budgets: Budgets
+) -> bool:
+  """Whether the hosts have room for the stored rows."""
+  return (
+    all_bytes(problems, found, cold_bytes) <= budgets.all_hosts
+    and all_bytes(problems, found, frozen_bytes) <= budgets.all_ssds
+  )
 
 
 def _packed(
@@ -139,7 +222,7 @@ def _hot_rows(
 
   def too_many(hot_rows: int) -> bool:
     found = _packed(problems, budgets.device_bytes, given, hot_rows, transport)
-    return _device_bytes(problems, found) > budgets.device_bytes
+    return all_bytes(problems, found, shard_bytes) > budgets.device_bytes
 
   # Past the last warm row fewer are left to be warm: those fit as well, or not.
   most = max(given.order.rows - given.warm_rows, 0)
@@ -177,7 +260,7 @@ def _check_warm(
   def taken(warm_rows: int) -> int:
     tried = dataclasses.replace(given, warm_rows=warm_rows)
     found = _packed(problems, budgets.device_bytes, tried, hot_rows, transport)
-    return _device_bytes(problems, found)
+    return all_bytes(problems, found, shard_bytes)
 
   warm = min(given.warm_rows, given.order.rows - hot_rows)
   if taken(warm) <= budgets.device_bytes:
@@ -200,41 +283,98 @@ def _hosts_too_small(
   found: Sequence[Cuts],
 ) -> UserError:
   """The error that says what lacks, and what would do."""
+  if given.cold_rows >= 0:
+    return _cold_rows_do_not_fit(problems, budgets, given, found)
   planned = dataclasses.replace(given, warm_rows=-1)
   hot_rows = max(given.hot_rows, 0)
+  stored_bytes = all_bytes(problems, _all_cold(found), cold_bytes)
 
-  def fits(device_mb: int) -> bool:  # with warm_rows = -1
+  def fits(changed: Budgets) -> bool:
+    return fit(problems, stored(problems, found, changed, given), changed)
+
+  def fits_devices(device_mb: int) -> bool:  # with warm_rows = -1
     tried = _packed(
       problems, device_mb << 20, planned, hot_rows, found[0].transport
     )
-    return _cold_bytes(problems, tried) <= budgets.all_hosts
+    return fit(problems, stored(problems, tried, budgets, planned), budgets)
 
-  now = _mb(budgets.device_bytes)
-  stored = sum(p.profile.rows * p.shape.stored_bytes for p in problems)
-  larger = range(now, max(now, _mb(2 * stored)) + 1)
-  enough = larger[bisect.bisect_left(larger, True, key=fits)]
-  cold = sum(
+  each = _mb(2 * stored_bytes) + 1  # more than a host can need
+  of_host = lambda mb: fits(dataclasses.replace(budgets, host_bytes=mb << 20))
+  of_ssd = lambda mb: fits(dataclasses.replace(budgets, ssd_bytes=mb << 20))
+  hosts = _enough(of_host, budgets.host_bytes, each)
+  ssds = _enough(of_ssd, budgets.ssd_bytes, each)
+  devices = _enough(
+    fits_devices,
+    budgets.device_bytes,
+    _mb(2 * sum(p.profile.rows * p.shape.stored_bytes for p in problems)),
+  )
+  rows = sum(
     p.profile.rows - c.warm_end for p, c in zip(problems, found, strict=True)
   )
-  lacking = _cold_bytes(problems, found)
+  room = f"the {_mb(budgets.all_hosts)} MB of {budgets.hosts} host(s)"
+  if budgets.ssd_bytes:
+    room += f" and the {_mb(budgets.all_ssds)} MB of their SSDs"
+  lacking = stored_bytes - budgets.all_hosts - budgets.all_ssds
   return UserError(
-    f"plan.host_memory_mb: {cold} cold rows of {_widths(problems)} bytes take "
-    f"{_mb(lacking)} MB, {_mb(lacking - budgets.all_hosts)} MB more "
-    f"than the {_mb(budgets.all_hosts)} MB of {budgets.hosts} host(s). It fits "
-    f"with plan.host_memory_mb={_mb(-(-lacking // budgets.hosts))}, or with "
-    f"plan.device_memory_mb={enough} and plan.warm_rows=-1, or on more "
-    "devices"
+    f"plan.host_memory_mb: {rows} stored rows of {_widths(problems)} bytes "
+    f"take {_mb(stored_bytes)} MB, {_mb(max(lacking, 1))} MB more than {room}. "
+    f"It fits with plan.host_memory_mb={hosts}, or with "
+    f"plan.ssd_memory_mb={ssds} and an SSD's plan.host_store_dir, or with "
+    f"plan.device_memory_mb={devices} and plan.warm_rows=-1, or on more devices"
   )
 
 
-def _device_bytes(problems: Sequence[Problem], found: Sequence[Cuts]) -> int:
-  pairs = zip(problems, found, strict=True)
-  return sum(int(shard_bytes(p, cuts)) for p, cuts in pairs)
+def _cold_rows_do_not_fit(
+  problems: Sequence[Problem],
+  budgets: Budgets,
+  given: Given,
+  found: Sequence[Cuts],
+) -> UserError:
+  """The error for cold rows that are given."""
+
+  def held(rows: int, of: Callable) -> int:
+    tried = dataclasses.replace(given, cold_rows=rows)
+    return all_bytes(problems, stored(problems, found, budgets, tried), of)
+
+  rows, taken = given.cold_rows, held(given.cold_rows, cold_bytes)
+  if taken > budgets.all_hosts:
+    too_many = lambda rows: held(rows, cold_bytes) > budgets.all_hosts
+    most = bisect.bisect_left(range(rows + 1), True, key=too_many) - 1
+    return UserError(
+      f"plan.cold_rows: {rows} rows of {_widths(problems)} bytes take "
+      f"{_mb(taken)} MB, the budget (plan.host_memory_mb) of {budgets.hosts} "
+      f"host(s) is {_mb(budgets.all_hosts)} MB; at most {most} fit"
+    )
+  frozen = sum(
+    c.frozen(p.profile.rows) for p, c in zip(problems, found, strict=True)
+  )
+  size = all_bytes(problems, found, frozen_bytes)
+  enough = _mb(-(-size // budgets.hosts))
+  return UserError(
+    f"plan.cold_rows: {rows} cold rows leave {frozen} frozen ones, which take "
+    f"{_mb(size)} MB of the {_mb(budgets.all_ssds)} MB of SSDs. It fits with "
+    f"plan.ssd_memory_mb={enough} and an SSD's plan.host_store_dir; or leave "
+    "plan.cold_rows to be planned"
+  )
 
 
-def _cold_bytes(problems: Sequence[Problem], found: Sequence[Cuts]) -> int:
-  pairs = zip(problems, found, strict=True)
-  return sum(int(cold_bytes(p, cuts)) for p, cuts in pairs)
+def _all_cold(found: Sequence[Cuts]) -> tuple[Cuts, ...]:
+  return tuple(dataclasses.replace(c, cold_end=None) for c in found)
+
+
+def _enough(fits: Callable[[int], bool], now: int, most_mb: int) -> int:
+  """The fewest MB that fit, from those of `now` bytes on."""
+  larger = range(_mb(now), max(_mb(now), most_mb) + 1)
+  return larger[bisect.bisect_left(larger, True, key=fits)]
+
+
+def all_bytes(
+  problems: Sequence[Problem],
+  found: Sequence[Cuts],
+  of: Callable[[Problem, Cuts], int],
+) -> int:
+  """Bytes of all groups: `of` is shard_bytes, cold_bytes or frozen_bytes."""
+  return sum(int(of(p, c)) for p, c in zip(problems, found, strict=True))
 
 
 def _widths(problems: Sequence[Problem]) -> str:

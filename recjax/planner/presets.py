@@ -9,7 +9,7 @@ import os
 
 from recjax.errors import UserError
 from recjax.planner import topology
-from recjax.planner.topology import Topology
+from recjax.planner.topology import PAGE_BYTES, Topology
 
 GB, TB, US = 1e9, 1e12, 1e-6
 
@@ -30,6 +30,15 @@ _MATMUL = 0.4  # assumption: MLPs of widths 256 to 1,024
 _SORT_A100 = 29.4e9 / 4 / 2
 _LAUNCH = 200 * US  # assumption: a hundred kernels
 _TIER = 10 * US  # assumption: a few kernels
+# DGX data sheets: up to 8 NVMe drives of 3.84 TB, each good for about a million
+# reads of 4 KiB a second. Assumption: what is read through a mapped file is a
+# quarter of one drive's, the host's threads each waiting for a page at a time.
+_NVME = 250_000 * PAGE_BYTES
+_NVME_LATENCY = 100 * US  # assumption: a read of flash and a page fault
+# cloud.google.com/tpu/docs/setup-persistent-disk: network disks. Assumption: a
+# balanced one's limit, 80,000 reads a second of a large VM.
+_NETWORK_DISK = 80_000 * PAGE_BYTES
+_NETWORK_DISK_LATENCY = 1_000 * US  # assumption
 
 
 def _gpu(
@@ -71,7 +80,9 @@ def _gpu(
     host_memory=host_memory,
     host_gather=0.25 * host_bandwidth,  # assumption: rows at random, NUMA
     host_link=_LINK * pcie,
-    host_latency=50 * US,  # assumption: host callback of XLA
+    host_latency=50 * US,  # assumption: a transfer is started and awaited
+    ssd_read=_NVME,
+    ssd_latency=_NVME_LATENCY,
     source=_SHEET,
   )
 
@@ -116,6 +127,8 @@ def _tpu(
     host_gather=20 * GB,  # assumption
     host_link=_LINK * 31.5 * GB,  # PCIe Gen4 x16; v6e's page says Gen5
     host_latency=100 * US,  # assumption
+    ssd_read=_NETWORK_DISK,
+    ssd_latency=_NETWORK_DISK_LATENCY,
     source=f"docs.cloud.google.com/tpu/docs/{page}",
   )
 
@@ -227,6 +240,8 @@ def cpu(devices: int) -> Topology:
     host_gather=4.5 * GB * each * n,  # 5 to 6 measured
     host_link=32 * GB * each,
     host_latency=14 * US / each,
+    ssd_read=0.21 * GB,  # two runs of scripts/calibrate_ssd.py, 1 GiB
+    ssd_latency=90 * US,
     source="two cores of an AMD EPYC (Zen 4), jax 0.10, rounded",
   )
 

@@ -10,10 +10,17 @@ import numpy as np
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.models.cost import DenseCost
-from recjax.planner import buffer_sizes, frequency_buckets, presets, step_cost
+from recjax.planner import (
+  buffer_sizes,
+  frequency_buckets,
+  presets,
+  step_cost,
+  stored_rows,
+)
 from recjax.planner import traffic as traffic_lib
 from recjax.planner.buffer_sizes import DistinctRows
 from recjax.planner.frequency_buckets import BucketedProfile, CumulativeSum
+from recjax.planner.host_path import NO_PATHS, Paths
 from recjax.planner.topology import Topology
 from recjax.planner.traffic import Part, StepShape, Traffic
 from recjax.planner.transport import FLAT, Transport
@@ -27,18 +34,29 @@ class Cuts:
   """The cut points of a group, and how its rows travel.
 
   Ranks below `hot` are replicated, ranks below `warm_end` sharded in device
-  memory, the others sharded in host memory. Cut points are numbers or arrays.
+  memory, those below `cold_end` in host memory, the others on the hosts' SSDs.
+  Cut points are numbers or arrays.
   """
 
   hot: Any
   warm_end: Any
   hot_sync: str = "all_reduce"
   transport: Transport = FLAT
+  cold_end: Any = None  # None: no row is on an SSD
 
   @property
   def warm(self) -> Any:
     """Rows between the cut points."""
     return self.warm_end - self.hot
+
+  @property
+  def cold_rows(self) -> Any:
+    """Rows in host memory, of cuts that say where those end."""
+    return self.cold_end - self.warm_end
+
+  def frozen(self, rows: int) -> Any:
+    """Rows of `rows` that are on SSDs."""
+    return 0 * self.warm_end if self.cold_end is None else rows - self.cold_end
 
 
 class _Sums(NamedTuple):
@@ -60,6 +78,7 @@ class Problem:
   objective: str = "time"  # or "bytes"
   # Whether other groups pay for the launch and the shared collectives' latency.
   further: bool = False
+  rest: Paths = NO_PATHS  # what the other groups do in the step
 
   @functools.cached_property
   def of_device(self) -> _Sums:
@@ -75,6 +94,15 @@ class Problem:
   def of_batch(self) -> _Sums:
     """How the global batch touches rows."""
     return self._sums(self.shape.batch_size)
+
+  @functools.cached_property
+  def pages_of_row(self) -> np.ndarray:
+    """[K] pages that the global batch reads for a frozen row of a bucket."""
+    return stored_rows.pages_of_row(self.of_batch.pi, self.shape.files)
+
+  @functools.cached_property
+  def _pages(self) -> CumulativeSum:
+    return self.profile.cumulative(self.pages_of_row)
 
   def _sums(self, samples: int) -> _Sums:
     pi = self.profile.touched(samples)
@@ -164,6 +192,11 @@ class Problem:
     )
     return rows / n
 
+  def pages(self, start, stop):
+    """Pages of frozen rows [start, stop) that a step reads for an owner."""
+    pages = np.maximum(self._pages.between(start, stop), 1e-9)
+    return np.where(stop > start, pages / self.shape.devices, 0.0)
+
   def gathered(self, hot, hot_sync: str):
     """Touched hot rows that a device shares with all; None: all-reduced."""
     if hot_sync == "all_reduce":
@@ -182,16 +215,18 @@ class Problem:
 
   # ---- The cost of cuts
 
-  def evaluate(self, traffic: Traffic):
-    """Seconds or bytes of a step, by the objective."""
+  def paths(self, traffic: Traffic) -> Paths:
+    """Seconds on the devices and on the hosts; of bytes, all in the first."""
     part = Part(self.shape, traffic)
     if self.objective == "bytes":
-      terms = traffic_lib.sent_bytes([part])
-    elif self.further:
-      terms = step_cost.further_seconds(part, self.topology)
-    else:
-      terms = step_cost.step_seconds([part], self.topology)
-    return sum(terms.values())
+      return Paths(sum(traffic_lib.sent_bytes([part]).values()))
+    return step_cost.seconds_of_paths(
+      [part], self.topology, further=self.further
+    )
+
+  def evaluate(self, traffic: Traffic):
+    """What is minimised, with the other groups': seconds or bytes of a step."""
+    return self.paths(traffic).beside(self.rest).cost
 
   def traffic(self, cuts: Cuts, capacity: int = 0) -> Traffic:
     """What cuts ask of a step; `capacity` is every buffer's, where > 0."""
@@ -231,6 +266,7 @@ class Problem:
     cold = np.minimum(cold, self.shape.devices * visitors)
     if inter_node_cold is not None:
       inter_node_cold = np.minimum(inter_node_cold, self.shape.nodes * visitors)
+    frozen = cuts.frozen(self.profile.rows)
     return Traffic(
       cuts.hot,
       warm,
@@ -240,6 +276,7 @@ class Problem:
       inter_node_cold,
       transport.copies,
       visitors=visitors,
+      pages=self.pages(self.profile.rows - frozen, self.profile.rows),
     )
 
   def cost(self, cuts: Cuts):
@@ -247,15 +284,25 @@ class Problem:
     return self.evaluate(self.traffic(cuts))
 
 
-def joint_cost(problems: Sequence[Problem], traffics: Sequence[Traffic]):
-  """Seconds or bytes of a step of all groups, by the first one's objective."""
+def joint_paths(
+  problems: Sequence[Problem], traffics: Sequence[Traffic]
+) -> Paths:
+  """Seconds or bytes of a step of all groups, by the first one's objective.
+
+  On the devices and on the hosts, see `Problem.paths`.
+  """
   parts = [
     Part(p.shape, traffic)
     for p, traffic in zip(problems, traffics, strict=True)
   ]
   if problems[0].objective == "bytes":
-    return sum(traffic_lib.sent_bytes(parts).values())
-  return sum(step_cost.step_seconds(parts, problems[0].topology).values())
+    return Paths(sum(traffic_lib.sent_bytes(parts).values()))
+  return step_cost.seconds_of_paths(parts, problems[0].topology)
+
+
+def joint_cost(problems: Sequence[Problem], traffics: Sequence[Traffic]):
+  """What is minimised of `joint_paths`."""
+  return joint_paths(problems, traffics).cost
 
 
 def make_problem(

@@ -77,6 +77,8 @@ def page(
 def _notes(plan: Plan, problems: Sequence[Problem]) -> list[str]:
   notes = list(dict.fromkeys(p.profile.assumed for p in problems))
   notes = [note for note in notes if note]
+  if beside := describe.host_path(plan):
+    notes.append(beside)
   if plan.nodes > 1:
     notes.append(describe.transports(plan))
   if any(p.profile.measured is not None for p in problems):

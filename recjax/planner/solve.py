@@ -15,7 +15,13 @@ from recjax.planner import transport as transport_lib
 from recjax.planner.common_order import CommonOrder
 from recjax.planner.make_plan import Placed
 from recjax.planner.memory_budgets import Budgets, Given
-from recjax.planner.problem import HOT_SYNCS, Problem, joint_cost
+from recjax.planner.problem import (
+  HOT_SYNCS,
+  Problem,
+  joint_cost,
+  joint_paths,
+)
+from recjax.planner.stored_rows import Room
 from recjax.planner.transport import FLAT, Transport
 from recjax.schema import TableGroup
 
@@ -27,8 +33,10 @@ def solve(
   hosts: int,
   device_bytes: int,
   host_bytes: int,
+  ssd_bytes: int = 0,
   hot_rows: int = -1,
   warm_rows: int = -1,
+  cold_rows: int = -1,
   order: CommonOrder | None = None,
   capacity: int = 0,
   hot_syncs: tuple[str, ...] = HOT_SYNCS,
@@ -44,7 +52,9 @@ def solve(
     hosts: machines that the devices sit in.
     device_bytes: budget of a device for tables and slot variables.
     host_bytes: budget of a host for the same.
-    hot_rows, warm_rows: the cuts, where >= 0, in rows of all groups together.
+    ssd_bytes: budget of a host's SSDs for the same; 0 = none.
+    hot_rows, warm_rows, cold_rows: the cuts, where >= 0, in rows of all groups
+      together.
     order: of the rows of all groups, which given cuts refer to; None = by the
       problems' profiles.
     capacity: of every buffer, where > 0.
@@ -58,8 +68,8 @@ def solve(
   shape = problems[0].shape
   transports = transports or transport_lib.available(shape)
   order = order or common_order.of_buckets([p.profile for p in problems])
-  given = Given(order, hot_rows, warm_rows)
-  of_all = Budgets(device_bytes, host_bytes, hosts)
+  given = Given(order, hot_rows, warm_rows, cold_rows)
+  of_all = Budgets(device_bytes, host_bytes, hosts, ssd_bytes)
   problems = [_shared_overflow(p, len(problems)) for p in problems]
   most_owners = max(transports, key=lambda x: x.warm_owners(shape))
   fitting = memory_budgets.check(problems, of_all, given, most_owners)
@@ -81,7 +91,7 @@ def solve(
     flat = best
     if any(x.cuts.transport != FLAT for x in best):
       flat = cuts_by((FLAT,))
-    pooled = _with_table_wise(flat, of_all, given.fixed, table_wise)
+    pooled = _with_table_wise(flat, of_all, given, table_wise)
     cheaper = table_wise is not None or _cost(pooled) < _cost(best)
     if cheaper and any(x.choice for x in pooled):
       best = pooled
@@ -99,7 +109,7 @@ def _shared_overflow(problem: Problem, groups: int) -> Problem:
 def _with_table_wise(
   flat: list[Placed],
   of_all: Budgets,
-  fixed: bool,
+  given: Given,
   table_wise: tuple[str, ...] | None,
 ) -> list[Placed]:
   """The cuts of the flat exchange, with table-wise tables in each group.
@@ -116,10 +126,20 @@ def _with_table_wise(
     size = problem.shape.stored_bytes
     device = of_all.device_bytes - sum(x.device_bytes for x in others)
     host = of_all.all_hosts - sum(x.host_bytes for x in others)
+    ssd = of_all.all_ssds - sum(x.ssd_bytes for x in others)
+    cold = given.cold_rows
+    if others and cold >= 0:
+      cold = int(cuts.cold_rows)
+    room = Room(host // size, ssd // size, cold)
+    if others:
+      rest = joint_paths(
+        [x.problem for x in others], [x.traffic() for x in others]
+      )
+      problem = dataclasses.replace(problem, further=True, rest=rest)
     best = choose_tables.best(
-      problem, cuts, device // size, host // size, fixed=fixed, tables=tables
+      problem, cuts, device // size, room, fixed=given.fixed, tables=tables
     )
-    placed[i] = Placed(problem, *best)
+    placed[i] = Placed(flat[i].problem, *best)
   return placed
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from recjax.planner import communication, traffic
+from recjax.planner import communication, host_path, traffic
+from recjax.planner.host_path import Paths
 from recjax.planner.topology import Topology
 from recjax.planner.traffic import Part, StepShape, TableWise
 
@@ -18,7 +19,49 @@ Seconds = dict[str, Any]  # by term; numbers or arrays
 
 
 def step_seconds(parts: Sequence[Part], t: Topology) -> Seconds:
-  """Seconds of a step by term; one after the other, nothing overlaps.
+  """Seconds of a step by term, which add up to the step's.
+
+  While the devices are at a step, the hosts write the stored rows of the step
+  before and gather those of the next: "host rows" is what that takes longer
+  than the devices' terms do, the part that is not hidden.
+
+  Args:
+    parts: of every group of tables.
+    t: rates and latencies.
+
+  Returns:
+    The terms of `device_seconds`, and "host rows".
+  """
+  terms = device_seconds(parts, t)
+  paths = Paths(_sum(terms), _sum(host_path.seconds(parts, t)))
+  return terms | {"host rows": paths.longer - paths.device}
+
+
+def seconds_of_paths(
+  parts: Sequence[Part], t: Topology, *, further: bool = False
+) -> Paths:
+  """Seconds of a step on the devices and on the hosts.
+
+  Args:
+    parts: of groups of tables.
+    t: rates and latencies.
+    further: for one group, what it adds to a step that other groups pay for:
+      without the launch and the latencies of what all do together.
+  """
+  if further:
+    own = host_path.seconds_of_group(parts[0], t)
+    return Paths(_sum(further_seconds(parts[0], t)), _sum(own))
+  return Paths(
+    _sum(device_seconds(parts, t)), _sum(host_path.seconds(parts, t))
+  )
+
+
+def _sum(terms: Seconds) -> Any:
+  return sum(terms.values())
+
+
+def device_seconds(parts: Sequence[Part], t: Topology) -> Seconds:
+  """Seconds of a device by term; one after the other, nothing overlaps.
 
   Each term is latency + bytes / rate. A lookup's own row is gathered from the
   hot replica and from the exchange buffer, which the caches hold for the most
@@ -31,8 +74,8 @@ def step_seconds(parts: Sequence[Part], t: Topology) -> Seconds:
     t: rates and latencies.
 
   Returns:
-    {"route", "gather", "all-to-all", "all-reduce", "host link", "host rows",
-    "dense", "optimizer", "launch"}.
+    {"route", "gather", "all-to-all", "all-reduce", "dense", "optimizer",
+    "launch"}.
   """
   terms = traffic.total(_group_seconds(part, t) for part in parts)
   for term, seconds in _shared_seconds(parts, t).items():
@@ -41,9 +84,9 @@ def step_seconds(parts: Sequence[Part], t: Topology) -> Seconds:
 
 
 def further_seconds(part: Part, t: Topology) -> Seconds:
-  """Seconds by term that a group adds to a step that other groups pay for.
+  """Seconds of a device that a group adds to what other groups pay for.
 
-  As `step_seconds`, without the launch and without the latencies of the
+  As `device_seconds`, without the launch and without the latencies of the
   collectives that all groups share.
   """
   free = dataclasses.replace(
@@ -94,7 +137,7 @@ def _message_seconds(
 def _group_seconds(part: Part, t: Topology) -> Seconds:
   """Seconds by term of what a group does alone."""
   shape, asked = part
-  n, train, wide = shape.devices, float(shape.train), 4 * shape.dim
+  train, wide = float(shape.train), 4 * shape.dim
   owned = traffic.owned(part)
   replicas = np.asarray(asked.hot) > 0
   tiers = replicas + 1.0 * (asked.warm > 0) + 1.0 * (asked.cold > 0)
@@ -104,18 +147,15 @@ def _group_seconds(part: Part, t: Topology) -> Seconds:
       exchanged = exchanged + _message_seconds(message, shape, t)
 
   # Rows and slot variables are read and written; between, in order, with
-  # gradients.
-  updated = owned.updated_warm
+  # gradients. Visitors as warm rows: of a large batch they fill no cache, and
+  # no row gets cheaper for the device by living elsewhere.
+  updated = owned.updated_warm + owned.cold
   optimizer = 2.0 * updated * shape.stored_bytes / t.gather
   optimizer = optimizer + updated * (wide + 2 * shape.stored_bytes) / t.stream
-  host_rows = owned.cold * (shape.row_bytes + train * 2.0 * shape.stored_bytes)
   own = {
     **_gather_seconds(part, t),
     "all-to-all": exchanged,
     "all-reduce": 0.0,
-    "host link": traffic.sent_bytes([part])["host"] / t.host_link
-    + (asked.cold > 0) * (1 + train) * t.host_latency,
-    "host rows": host_rows / (t.host_gather / min(n, t.host_devices)),
     "dense": _dense_seconds(shape, t) + 0.0 * asked.hot,
     "optimizer": train * optimizer,
     "launch": tiers * (1 + train) * t.tier_latency,
@@ -149,11 +189,15 @@ def _gather_seconds(part: Part, t: Topology) -> Seconds:
   # Sums of lookups, and of what peers sent, at the owner and in the node.
   added = train * back * lookups * wide
   added = added + train * ((n > 1) * there + united) * wide
+  # A visitor of the batch before is taken from where it was then; the others
+  # as they came.
+  merged = train * asked.visitors * shape.stored_bytes
   return {
     "route": keys / t.sort,
     "gather": read / t.cached_gather
     + added / t.cached_add
-    + owned.read_warm * shape.row_bytes / t.gather,
+    + (owned.read_warm + owned.cold) * shape.row_bytes / t.gather
+    + merged * (1 / t.gather + 2 / t.stream),
   }
 
 
@@ -246,6 +290,7 @@ def device_bytes(
   hot: float,
   warm_shard: float,
   buffers: float,
+  visitors: float = 0.0,
   gathered: float | None = None,
   table_wise: TableWise | None = None,
   lanes: int = 1,
@@ -258,6 +303,7 @@ def device_bytes(
     hot: replicated rows.
     warm_shard: rows of the device's warm shard.
     buffers: rows n C of all exchange buffers.
+    visitors: stored rows V that a batch brings.
     gathered: touched hot rows that a device shares with all; None where the
       hot rows' gradients are all-reduced.
     table_wise: what table-wise tables ask, where there are any.
@@ -287,6 +333,10 @@ def device_bytes(
     "replicas": hot * shape.stored_bytes,
     "tables": warm_shard * shape.row_bytes,
     "slot variables": warm_shard * shape.slot_bytes,
+    # Of the next batch and of this one, with two numbers each; in training also
+    # of the one before, on their way back.
+    "visitors": visitors
+    * ((2 + shape.train) * shape.stored_bytes + 4 * communication.ID_BYTES),
     "gradients": shape.train * summed,
     # Rows and gradients, before and after the exchange, and ids.
     "buffers": buffers

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from recjax.planner import communication, step_cost
+from recjax.planner import communication, host_path, step_cost
 from recjax.planner import traffic as traffic_lib
+from recjax.planner.host_path import Paths
 from recjax.planner.problem import Problem
 from recjax.planner.traffic import Part, Traffic
 
@@ -149,9 +150,11 @@ def cost(
     Part(p.shape, Traffic(hot=float(rows)))
     for p, rows in zip(problems, replicas, strict=True)
   ]
-  base = step_cost.step_seconds(parts, t)
-  seconds = sum(float(base[k]) for k in ("all-reduce", "dense", "launch"))
-  seconds += sum(_seconds(p, x) for p, x in zip(problems, busy, strict=True))
+  base = step_cost.device_seconds(parts, t)
+  paths = Paths(sum(float(base[k]) for k in ("all-reduce", "dense", "launch")))
+  for p, x in zip(problems, busy, strict=True):
+    paths = paths.beside(_paths(p, x))
+  seconds = float(paths.longer)
   sent = sum(x.ids + x.vectors for x in busy)
   sent += traffic_lib.sent_bytes(parts)["hot gradients"]
   held = sum(
@@ -168,15 +171,17 @@ def cost(
   )
 
 
-def _seconds(problem: Problem, busy: _Busy) -> float:
-  """Seconds of a group's lookups and updates, on its busiest device."""
+def _paths(problem: Problem, busy: _Busy) -> Paths:
+  """Seconds of a group's lookups and updates, on its busiest device.
+
+  Rows in host memory visit the device, once for each lookup, as ours do.
+  """
   shape, t = problem.shape, problem.topology
   n, b, train = shape.devices, shape.local, float(shape.train)
   lookups, read = float(busy.lookups.max()), float(busy.rows_read.max())
   wide, back = 4 * shape.dim, float(busy.sent_back.max())
   sizes = (lookups * communication.ID_BYTES, back, train * back)
-  on_host = Part(shape, Traffic(cold=float(busy.on_host.max())))
-  of_host = step_cost.step_seconds([on_host], t)
+  on_host = Part(shape, Traffic(visitors=float(busy.on_host.max())))
   tiers = bool(busy.held.any()) + bool(busy.on_host.any())
   terms = (
     read * shape.row_bytes / t.gather,
@@ -185,8 +190,7 @@ def _seconds(problem: Problem, busy: _Busy) -> float:
     # Sort by row, sum, read and write.
     train * lookups / t.sort,
     train * read * (wide + 2 * shape.stored_bytes) / t.gather,
-    float(of_host["host link"]),
-    float(of_host["host rows"]),
     tiers * (1 + train) * t.tier_latency,
   )
-  return sum(terms)
+  host = host_path.seconds([on_host], t)
+  return Paths(sum(terms), float(sum(host.values())))

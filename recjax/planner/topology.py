@@ -18,6 +18,7 @@ from recjax.errors import UserError
 # Part of a memory that tables and slot variables may fill where no budget is
 # given; the rest is for activations, buffers, the dense part and the system.
 _TABLE_SHARE = 0.6
+PAGE_BYTES = 4096  # what an SSD reads at least, and Linux maps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Topology:
   host_gather: float  # bytes/s of rows at random, of a host
   host_link: float  # bytes/s between host and device, one direction
   host_latency: float  # s, a call to the host and back
+  # Of a host's SSDs. Files of an older scripts/calibrate.py lack them: then
+  # these are assumed, a cloud's network disk of 100,000 reads/s.
+  ssd_read: float = 0.4e9  # bytes/s of pages at random, read or written
+  ssd_latency: float = 1e-3  # s, a page
   source: str = ""
 
   def nodes(self, devices: int) -> int:
@@ -69,6 +74,7 @@ _LIMITS = {  # what no machine is below or above
   "launch": (0, 10),
   "tier_latency": (0, 1),
   "host_latency": (0, 1),
+  "ssd_latency": (0, 1),
   "device_memory": (1 << 20, 1 << 50),
   "host_memory": (1 << 20, 1 << 50),
   "matmul_float32": (1e6, 1e18),
@@ -76,6 +82,7 @@ _LIMITS = {  # what no machine is below or above
   "sort": (1e3, 1e14),
 }
 _RATE = (1e4, 1e15)  # bytes/s
+_MAY_LACK = ("ssd_read", "ssd_latency", "source")
 
 
 def load(path: str | pathlib.Path) -> Topology:
@@ -93,12 +100,13 @@ def load(path: str | pathlib.Path) -> Topology:
   if not isinstance(found, dict):
     raise UserError(f"plan.topology: {path} holds no JSON object")
   fields = {f.name: f for f in dataclasses.fields(Topology)}
-  missing = [n for n in fields if n not in found and n != "source"]
+  missing = [n for n in fields if n not in found and n not in _MAY_LACK]
   if missing:
     raise UserError(
       f"plan.topology: {path} lacks {', '.join(missing)}; a file needs all of "
       f"{', '.join(fields)}, as scripts/calibrate.py writes it"
     )
+  assumed = [n for n in ("ssd_read", "ssd_latency") if n not in found]
   unknown = [n for n in found if n not in fields]
   if unknown:
     raise UserError(
@@ -107,6 +115,9 @@ def load(path: str | pathlib.Path) -> Topology:
     )
   for name, value in found.items():
     found[name] = _checked(path, fields[name], value)
+  if assumed:
+    note = f"{', '.join(assumed)} assumed"
+    found["source"] = "; ".join(filter(None, (found.get("source"), note)))
   return Topology(**found)
 
 
@@ -132,6 +143,31 @@ def _checked(path: str | pathlib.Path, field: dataclasses.Field, value: Any):
 def save(topology: Topology, path: str | pathlib.Path) -> None:
   """Writes a topology as JSON, for `load` to read."""
   files.write(path, json.dumps(dataclasses.asdict(topology), indent=2) + "\n")
+
+
+def ssd_budget(ssd_mb: int, directory: str) -> int:
+  """Bytes for rows and slot variables in files of a folder of this host.
+
+  Args:
+    ssd_mb: the budget; 0 = a part of what is free in its file system.
+    directory: the folder, which need not be there yet; "" = none.
+
+  Raises:
+    UserError: it is no folder, or not to be looked at.
+  """
+  if not directory:
+    return ssd_mb << 20
+  path = pathlib.Path(directory).absolute()
+  try:
+    while not path.exists():
+      path = path.parent
+    if not path.is_dir():
+      raise UserError(f"plan.host_store_dir: {path} is no folder")
+    found = os.statvfs(path)
+  except OSError as e:
+    raise UserError(f"plan.host_store_dir: {directory}: {e.strerror}") from None
+  free = found.f_bavail * found.f_frsize
+  return ssd_mb << 20 or int(free * _TABLE_SHARE)
 
 
 def memory_budgets(

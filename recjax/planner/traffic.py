@@ -52,6 +52,16 @@ class StepShape:
     """Bytes of a row where it lives: weights and slot variables."""
     return self.row_bytes + self.slot_bytes
 
+  @property
+  def files(self) -> tuple[int, ...]:
+    """Bytes of a row's weights, and of each of its slot variables.
+
+    Those have a float32 number a column, or one a row.
+    """
+    wide = 4 * self.dim
+    columns, row = divmod(self.slot_bytes, wide)
+    return (self.row_bytes, *[wide] * columns, *[4] * (row // 4))
+
 
 class TableWise(NamedTuple):
   """What tables that their owners pool ask of a step."""
@@ -81,6 +91,7 @@ class Traffic:
   copies: bool = False  # every node has its own copy of the warm rows
   table_wise: TableWise | None = None
   visitors: Any = 0.0  # V, stored rows of a batch that an owner has room for
+  pages: Any = 0.0  # of frozen rows that an owner's host reads
 
 
 class Part(NamedTuple):
@@ -95,7 +106,7 @@ class Owned(NamedTuple):
 
   read_warm: Any
   updated_warm: Any
-  cold: Any  # read and updated
+  cold: Any  # read and updated, among the visitors
 
 
 def owned(part: Part) -> Owned:
@@ -195,6 +206,10 @@ def network_bytes(parts: Sequence[Part]) -> Bytes:
 def sent_bytes(parts: Sequence[Part]) -> Bytes:
   """Bytes that a device sends in a step for its rows, over links and to hosts.
 
+  To and from its host, in "host": stored rows with their slot variables once
+  each way, and two numbers of each, which row of the owner it is and where it
+  was in the batch before.
+
   Returns:
     {"ids", "rows", "gradients", "hot gradients", "host"} and, where tables are
     table-wise, {"table-wise ids", "table-wise vectors", "table-wise
@@ -212,10 +227,8 @@ def sent_bytes(parts: Sequence[Part]) -> Bytes:
       rows = traffic.gathered
       shared = communication.gathered_bytes(rows, shape.wire_bytes, n)[1]
     sent = _sent(part, share) | {"hot gradients": train * shared}
-    # The optimizer runs on the host: the row up; its gradient and row number
-    # down.
-    row = 8 + shape.row_bytes + train * (8 + 4 * shape.dim)
-    sent["host"] = owned(part).cold * row
+    row = (1 + train) * shape.stored_bytes + 2 * communication.ID_BYTES
+    sent["host"] = traffic.visitors * row
     return sent | _table_wise_sent(part, share["all"])
 
   return total(map(one, parts))

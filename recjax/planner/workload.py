@@ -63,8 +63,10 @@ def problems_of(
     if prepared is None:
       profile = _assumed(config, group)
     else:
-      local = max(config.train.batch_size // machine.devices, 1)
-      profile = _counted(prepared, group, local)
+      batch = config.train.batch_size
+      local = max(batch // machine.devices, 1)
+      sizes = {max(local // 4, 1), local, 4 * local, batch}
+      profile = _counted(prepared, group, sizes)
     problems.append(
       make_problem(
         profile,
@@ -117,9 +119,9 @@ def _assumed(config: Config, group: TableGroup) -> BucketedProfile:
 
 
 def _counted(
-  prepared: Prepared, group: TableGroup, local: int
+  prepared: Prepared, group: TableGroup, sizes: set[int]
 ) -> BucketedProfile:
-  """The group's rows as counted, corrected by batches of about `local`."""
+  """The group's rows as counted, corrected by batches of these sizes."""
   users = [
     [f for f in prepared.schema.features if f.table == name]
     for name in group.tables
@@ -130,12 +132,15 @@ def _counted(
     tuple(sum(f.hotness for f in of) for of in users),
     tuple(len(of) if all(map(plain, of)) else 0 for of in users),
   )
-  ratios = measure(prepared, group, profile, local)
+  ratios = measure(prepared, group, profile, sizes)
   return dataclasses.replace(profile, measured=ratios)
 
 
 def measure(
-  prepared: Prepared, group: TableGroup, profile: BucketedProfile, local: int
+  prepared: Prepared,
+  group: TableGroup,
+  profile: BucketedProfile,
+  sizes: set[int],
 ) -> DistinctRatios | None:
   """Distinct rows of batches as training draws them: from shuffled blocks.
 
@@ -143,8 +148,7 @@ def measure(
     prepared: where the batches are.
     group: whose rows are counted.
     profile: of the group.
-    local: b; batches are of b / 4, b and 4 b samples, as far as those read
-      reach.
+    sizes: samples of a batch, used as far as those read reach.
 
   Returns:
     The ratios to what is expected of independent samples; None where there
@@ -156,7 +160,6 @@ def measure(
   ids = blocks[np.sort(chosen)]["ids"]
   ids = ids[rng.permutation(len(ids))]
   ids = _own_ranks(prepared.profile, group.tables, ids)
-  sizes = {max(local // 4, 1), local, 4 * local}
   batches = {
     size: [
       ids[i * size : (i + 1) * size] for i in range(min(8, len(ids) // size))
@@ -193,16 +196,21 @@ def _own_ranks(
 def budgets(problems: Sequence[Problem]) -> tuple[int, int]:
   """Bytes for tables and slot variables that a topology's memory leaves.
 
-  What a step needs beside them, with all rows exchanged, is taken off first.
+  What a step needs beside them, with all rows exchanged as if they were stored,
+  is taken off first.
 
   Returns:
     (of a device, of a host).
   """
   t, step = problems[0].topology, 0.0
   for p in problems:
-    buffers = float(p.buffers(0, p.profile.rows))
+    rows = p.profile.rows
     of_group = step_cost.device_bytes(
-      p.shape, hot=0, warm_shard=0, buffers=buffers
+      p.shape,
+      hot=0,
+      warm_shard=0,
+      buffers=float(p.buffers(0, rows)),
+      visitors=float(p.visitors(0, rows)),
     )
     step += sum(of_group.values())
   device = max(_TABLE_SHARE * t.device_memory - step, 0)

@@ -115,7 +115,9 @@ def run(
   report(describe.describe(plan))
   report(baselines.describe(placed))
   if c.topology:
-    report(batch_sizes.describe(_other_batches(plan, problems, groups)))
+    report(
+      batch_sizes.describe(_other_batches(plan, problems, groups, budgets))
+    )
   return plan, draw
 
 
@@ -129,15 +131,17 @@ def _solved(
   """The plan of least cost that keeps what the config gives."""
   c = config.plan
   transports, table_wise = _choices(config, problems, prepared)
-  given = c.hot_rows >= 0 or c.warm_rows >= 0
+  given = max(c.hot_rows, c.warm_rows, c.cold_rows) >= 0
   return solve.solve(
     problems,
     groups,
     hosts=budgets.hosts,
     device_bytes=budgets.device_bytes,
     host_bytes=budgets.host_bytes,
+    ssd_bytes=budgets.ssd_bytes,
     hot_rows=c.hot_rows,
     warm_rows=c.warm_rows,
+    cold_rows=c.cold_rows,
     order=workload.order_of(prepared, groups) if given else None,
     capacity=c.capacity,
     hot_syncs=(c.hot_sync,) if c.hot_sync else HOT_SYNCS,
@@ -147,14 +151,17 @@ def _solved(
 
 
 def _other_batches(
-  plan: Plan, problems: Sequence[Problem], groups: Sequence[TableGroup]
+  plan: Plan,
+  problems: Sequence[Problem],
+  groups: Sequence[TableGroup],
+  budgets: Budgets,
 ) -> dict[int, Plan]:
   """Plans for other batch sizes, with the same table-wise tables."""
   names = tuple(name for name, _ in describe.table_wise(plan))
   same: tuple[Transport, ...] = ()
   if len(groups) > 1:  # planning those takes a second a size, with all
     same = tuple({transport_lib.of_group(g): None for g in plan.groups})
-  return batch_sizes.plans(problems, groups, names, same)
+  return batch_sizes.plans(problems, groups, names, same, budgets.ssd_bytes)
 
 
 def _topology(
@@ -180,15 +187,22 @@ def _budgets(
   device_limit: int | None,
 ) -> Budgets:
   """As configured; else what the topology, or this machine, leaves."""
-  device_mb, host_mb = config.plan.device_memory_mb, config.plan.host_memory_mb
-  if config.plan.topology:
+  c = config.plan
+  if c.ssd_memory_mb and not c.host_store_dir and not c.topology:
+    raise UserError(
+      f"plan.ssd_memory_mb: {c.ssd_memory_mb} MB of an SSD need "
+      "plan.host_store_dir, a folder on it"
+    )
+  ssd = topology.ssd_budget(c.ssd_memory_mb, c.host_store_dir)
+  device_mb, host_mb = c.device_memory_mb, c.host_memory_mb
+  if c.topology:
     device, host = workload.budgets(problems)
-    return Budgets(device_mb << 20 or device, host_mb << 20 or host, hosts)
+    return Budgets(device_mb << 20 or device, host_mb << 20 or host, hosts, ssd)
   local = -(-problems[0].shape.devices // hosts)
   device, host = topology.memory_budgets(
     device_mb, host_mb, local, device_limit
   )
-  return Budgets(device, host, hosts)
+  return Budgets(device, host, hosts, ssd)
 
 
 def _choices(

@@ -1,68 +1,75 @@
-"""The cuts against all placements, row by row, and against linear programs."""
+"""The cuts against all placements, row by row."""
 
 import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+from helpers_cuts import (
+  ALL_REDUCED,
+  least_cost,
+  problems,
+  problems_with_ssds,
+  row_cost,
+)
 from helpers_planner import (
+  RATIOS,
   buckets_of,
   free_of_latencies,
   probabilities,
   shape_of,
+  with_host_path,
 )
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from scipy import optimize, sparse
 
-from recjax.planner import cut_points, frequency_buckets, lower_bound, presets
+from recjax.planner import buffer_sizes, cut_points, lower_bound, presets
 from recjax.planner.buffer_sizes import DistinctRows
-from recjax.planner.frequency_buckets import Table
+from recjax.planner.frequency_buckets import BucketedProfile, Table
 from recjax.planner.problem import HOT_SYNCS, Cuts, Problem
 from recjax.planner.traffic import Traffic
 from recjax.planner.transport import TRANSPORTS, Transport
 
-ALL_REDUCED = ("all_reduce",)
+
+def distinct_of(there, pi) -> DistinctRows:
+  """Distinct rows of placements that have the rows there: [P, R] bool."""
+  top = np.max(np.where(there, pi, 0), axis=1)
+  return DistinctRows(there @ pi, there @ (pi * (1 - pi)), top, there.sum(1))
 
 
-@st.composite
-def problems(draw):
-  """(problem, rows a device holds, rows that the hosts hold)."""
-  p = draw(st.lists(probabilities(), min_size=1, max_size=8))
-  if draw(st.booleans()):  # many equal rows
-    p = [round(x, 1) for x in p]
-  devices = draw(st.sampled_from([1, 2, 3, 16]))
-  name = draw(st.sampled_from(["cpu", "dgx_h200", "a100", "tpu_v6e"]))
-  t = presets.get(name, devices)
-  if draw(st.booleans()):  # a step that latencies do not decide
-    t = free_of_latencies(t)
-  shape = shape_of(
-    devices,
-    draw(st.sampled_from([1, 8, 1_000])),
-    lookups=draw(st.sampled_from([1, 100])),
-    train=draw(st.booleans()),
-  )
-  objective = draw(st.sampled_from(["time", "bytes"]))
-  problem = Problem(buckets_of(p), shape, t, None, objective)
-  fit = draw(st.integers(0, 9))
-  return problem, fit, draw(st.integers(0, 9)) * devices
-
-
-def costs_of_all(problem, fit, host_rows, inter_node=None) -> np.ndarray:
+def costs_of_all(
+  problem, fit, host_rows, inter_node=None, ssd_rows=0
+) -> np.ndarray:
   """Of every assignment of rows to tiers that respects the budgets."""
   s, n = problem.profile, problem.shape.devices
-  pi = problem.of_device.pi
-  tiers = np.array(list(itertools.product(range(3), repeat=s.rows)))
-  hot, warm, cold = (tiers == k for k in range(3))
-  rows = hot.sum(1), warm.sum(1), cold.sum(1)
+  pi, b = problem.of_device.pi, problem.shape.batch_size
+  several = range(4 if ssd_rows else 3)
+  tiers = np.array(list(itertools.product(several, repeat=s.rows)))
+  hot, warm, cold, frozen = (tiers == k for k in range(4))
+  rows = [x.sum(1) for x in (hot, warm, cold, frozen)]
   fits = rows[0] + -(-rows[1] // n) <= fit
   fits &= -(-rows[2] // n) * n <= host_rows
-  tops = [np.max(np.where(x, pi, 0), axis=1) for x in (warm, cold)]
-  buffers = [
-    problem.buffers_of(DistinctRows(x @ pi, x @ (pi * (1 - pi)), top, size))
-    for x, top, size in zip((warm, cold), tops, rows[1:], strict=True)
-  ]
-  traffic = Traffic(rows[0], *buffers)
+  fits &= -(-rows[3] // n) * n <= ssd_rows
+  fits &= (rows[3] == 0) | (rows[2] % n == 0)  # owners go on in turn
+  cold, of_batch = cold | frozen, problem.of_batch.pi
+  warm_buffer, cold_buffer = (
+    problem.buffers_of(distinct_of(x, pi)) for x in (warm, cold)
+  )
+  chance = problem.overflow_probability
+  visitors = buffer_sizes.buffer_rows(
+    distinct_of(cold, of_batch),
+    n,
+    b * problem.shape.lookups,
+    None if chance is None else chance / n,
+  )
+  pages = np.maximum(frozen @ problem.pages_of_row, 1e-9) / n
+  traffic = Traffic(
+    rows[0],
+    warm_buffer,
+    np.minimum(cold_buffer, visitors),
+    visitors=visitors / n,
+    pages=np.where(rows[3] > 0, pages, 0.0),
+  )
   if inter_node is not None:
     traffic = dataclasses.replace(
       traffic,
@@ -72,31 +79,6 @@ def costs_of_all(problem, fit, host_rows, inter_node=None) -> np.ndarray:
   return problem.evaluate(traffic)[fits]
 
 
-def row_cost(problem) -> float:
-  """The cost of a row in the dearest tier, with the tier's latencies."""
-  n = problem.shape.devices
-  one = [
-    problem.evaluate(Traffic(*x)) for x in ((1, 0, 0), (0, n, 0), (0, 0, n))
-  ]
-  return max(one) - problem.evaluate(Traffic())
-
-
-def least_cost(problem, least: float):
-  """That cost, up to rounding.
-
-  A tier with rows counts a billionth touched row at least, so costs are linear
-  up to that much of a row's.
-  """
-  return pytest.approx(least, rel=1e-9, abs=2e-9 * row_cost(problem))
-
-
-NEVER_USED = Problem(  # all cost is that of next to no rows
-  buckets_of([1, 1, 1, 1, 2.0**-52]),
-  shape_of(1, 8, lookups=1, train=False),
-  presets.get("cpu", 1),
-  None,
-  "bytes",
-)
 HARDLY_USED = Problem(  # a row that is touched a billionth time a sample
   buckets_of([1, 1, 1, 1, 0.5, 0.5, 1e-9, 0]),
   shape_of(3, 1, lookups=1, train=False),
@@ -118,6 +100,48 @@ def test_no_placement_is_cheaper(case):
   if found is not None:
     got = float(problem.cost(found))
     assert got == least_cost(problem, costs.min())
+
+
+def test_the_host_path_is_hidden_in_part_wholly_or_not_at_all():
+  """Few replicas, whose memory the host misses; as many as the devices want;
+  or what is between, where both paths take as long."""
+  p = np.linspace(0.9, 0.01, 400)
+  shape = shape_of(2, 64, dim=64, row_bytes=256, slot_bytes=256)
+  t = free_of_latencies(presets.get("dgx_h200", 2))
+  t = dataclasses.replace(t, link=1e8)
+  problem = Problem(buckets_of(p), shape, t, None)
+  hot, behind = {}, {}
+  for ratio in (0.1, 0.8, 1.0, 1.2, 10.0):
+    of = with_host_path(problem, ratio)
+    found = cut_points.best_cuts(of, 150, 1_000, hot_syncs=ALL_REDUCED)
+    paths = of.paths(of.traffic(found))
+    hot[ratio], behind[ratio] = found.hot, float(paths.host / paths.device)
+    every = np.arange(151)
+    most = Cuts(every, np.minimum(2 * 150 - every, 400))
+    assert float(of.cost(found)) == pytest.approx(of.cost(most).min())
+  assert hot[0.1] > hot[10.0] == 0
+  assert behind[0.1] < 0.5 and behind[10.0] > 2
+  between = [r for r in hot if 0 < hot[r] < hot[0.1]]
+  assert between
+  for ratio in between:
+    assert behind[ratio] == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(problems_with_ssds())
+def test_no_placement_is_cheaper_with_ssds(case):
+  problem, fit, host_rows, ssd_rows = case
+  costs = costs_of_all(problem, fit, host_rows, ssd_rows=ssd_rows)
+  found = cut_points.best_cuts(
+    problem, fit, host_rows, ssd_rows=ssd_rows, hot_syncs=ALL_REDUCED
+  )
+  assert (found is None) == (len(costs) == 0)
+  if found is not None:
+    got = float(problem.cost(found))
+    assert got == least_cost(problem, costs.min())
+    bound = lower_bound.lower_bound(problem, fit, host_rows, ssd_rows=ssd_rows)
+    assert bound <= got * (1 + 1e-6) + 2e-9 * row_cost(problem)
 
 
 @pytest.mark.slow
@@ -155,6 +179,61 @@ def test_no_cuts_are_cheaper_where_touched_rows_are_exchanged(case):
     assert got == least_cost(problem, least)
 
 
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None)
+@given(
+  st.lists(
+    st.tuples(probabilities(), st.integers(1, 40)), min_size=1, max_size=4
+  ),
+  st.sampled_from([1, 2, 3]),
+  st.sampled_from(RATIOS),
+  st.tuples(*[st.integers(0, 60)] * 2, st.sampled_from([0, 10, 200])),
+  st.tuples(*[st.sampled_from([-1, -1, 7, 20])] * 3),
+)
+def test_no_cuts_are_cheaper_within_buckets_of_equal_rows(
+  buckets, devices, ratio, room, kept
+):
+  """Where the paths cross, where memories end, where other cuts are kinks."""
+  p, count = np.array(sorted(buckets, reverse=True)).T
+  table = Table("t", int(count.sum()))
+  s = BucketedProfile((table,), count.astype(np.int64), p, p)
+  n, rows = devices, s.rows
+  t = free_of_latencies(presets.get("dgx_h200", n))
+  # Hot rows are worth their memory, and pages of SSDs are no dearer than rows.
+  t = dataclasses.replace(t, link=1e7, ssd_read=1e13)
+  problem = Problem(s, shape_of(n, 20), t, None)
+  if ratio is not None:
+    problem = with_host_path(problem, ratio)
+  fit, host, ssd = room[0], room[1] * n, room[2] * n
+  hot, end = np.indices((rows + 1, rows + 1)).reshape(2, -1)
+  kept_hot, kept_warm, kept_cold = kept
+  stored = rows - end
+  cold = np.minimum(stored, host) if ssd else stored
+  if kept_cold >= 0:
+    cold = np.where(stored <= kept_cold, stored, kept_cold // n * n)
+  fits = (hot <= end) & (hot + -(-(end - hot) // n) <= fit)
+  fits &= (-(-cold // n) * n <= host) & (-(-(stored - cold) // n) * n <= ssd)
+  if kept_hot >= 0:
+    fits &= hot == min(kept_hot, rows)
+  if kept_warm >= 0:
+    fits &= end - hot == np.minimum(kept_warm, rows - hot)
+  found = cut_points.best_cuts(
+    problem,
+    fit,
+    host,
+    ssd_rows=ssd,
+    hot_rows=kept_hot,
+    warm_rows=kept_warm,
+    cold_rows=kept_cold,
+    hot_syncs=ALL_REDUCED,
+  )
+  assert (found is None) == (not fits.any())
+  if found is not None:
+    every = Cuts(hot[fits], end[fits], cold_end=(end + cold)[fits])
+    least = problem.cost(every).min()
+    assert float(problem.cost(found)) == least_cost(problem, least)
+
+
 # ---- Several nodes
 
 
@@ -176,8 +255,11 @@ def node_problems(draw):
     train=draw(st.booleans()),
     node_devices=g,
   )
-  objective = draw(st.sampled_from(["time", "bytes"]))
+  objective = draw(st.sampled_from(["time", "time", "bytes"]))
   problem = Problem(buckets_of(p), shape, t, None, objective)
+  ratio = draw(st.sampled_from(RATIOS))
+  if ratio is not None:
+    problem = with_host_path(problem, ratio)
   return problem, draw(st.integers(0, 8)), draw(st.integers(0, 8)) * devices
 
 
@@ -279,74 +361,3 @@ def test_no_placement_is_cheaper_in_two_stages(case):
   if found is not None:
     got = float(problem.cost(found))
     assert got == least_cost(problem, costs.min())
-
-
-# ---- At scale
-
-
-def by_linear_program(problem, fit, host_rows) -> float:
-  """The least cost of rows that may be split between tiers.
-
-  A linear program for each set of tiers that are there at all, because of the
-  latencies of a tier.
-  """
-  s, n = problem.profile, problem.shape.devices
-  pi = problem.of_device.pi
-  rows = s.count.astype(np.float64)
-  memory = np.array([[1, 1 / n, 0], [0, 0, 1]])  # device, hosts
-  budgets = np.array([fit, host_rows], np.float64)
-  best = np.inf
-  for size in (1, 2, 3):
-    for there in itertools.combinations(range(3), size):
-      tiny = np.zeros(3)
-      tiny[list(there)] = 1e-9
-      fixed = float(problem.evaluate(Traffic(*tiny)))
-      slopes = [
-        (float(problem.evaluate(Traffic(*(tiny + 1e6 * unit)))) - fixed) / 1e6
-        for unit in np.eye(3)
-      ]
-      each = np.stack([slopes[0] + 0 * pi, slopes[1] * pi, slopes[2] * pi])
-      costs = (each * rows)[list(there)].ravel()
-      scale = np.abs(costs).max() or 1.0
-      result = optimize.linprog(
-        costs / scale,
-        A_ub=np.kron(memory[:, there], rows) / np.maximum(budgets, 1)[:, None],
-        b_ub=budgets / np.maximum(budgets, 1),
-        A_eq=sparse.hstack([sparse.identity(len(pi))] * size),
-        b_eq=np.ones(len(pi)),
-      )
-      if result.status == 0:
-        best = min(best, fixed + result.fun * scale)
-  return best
-
-
-@settings(max_examples=30, deadline=None)
-@example((NEVER_USED, 4, 1))
-@example((NEVER_USED, 4, 2))
-@given(problems())
-def test_the_bound_is_that_of_a_linear_program(case):
-  problem, fit, host_rows = case
-  found = cut_points.best_cuts(problem, fit, host_rows, hot_syncs=ALL_REDUCED)
-  if found is not None:
-    bound = lower_bound.lower_bound(problem, fit, host_rows)
-    program = by_linear_program(problem, fit, host_rows)
-    tiny = 2e-9 * row_cost(problem)  # see least_cost
-    assert bound == pytest.approx(program, rel=1e-5, abs=tiny)
-    # The price of memory is searched, so the bound is good to some 1e-7.
-    got = float(problem.cost(found))
-    assert bound <= got * (1 + 1e-6) + tiny
-
-
-@pytest.mark.parametrize("exponent", [1.05, 1.15, 1.45])
-@pytest.mark.parametrize("devices", [1, 8, 1_024])
-def test_near_the_lower_bound(exponent, devices):
-  """A small form of scripts/bench_plan.py."""
-  tables = tuple(Table(f"t{i}", 10**i) for i in range(1, 7))
-  s = frequency_buckets.power_law(tables, exponent)
-  shape = shape_of(devices, 1_024, lookups=6)
-  t = presets.get("dgx_h200", devices)
-  problem = Problem(s, shape, t, None)
-  fit = s.rows // 4 // devices + 1_000
-  found = cut_points.best_cuts(problem, fit, 2 * s.rows, hot_syncs=ALL_REDUCED)
-  got = float(problem.cost(found))
-  assert got <= 1.001 * lower_bound.lower_bound(problem, fit, 2 * s.rows)

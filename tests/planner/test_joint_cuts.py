@@ -7,12 +7,14 @@ import time
 import numpy as np
 import pytest
 from helpers_planner import (
+  RATIOS,
   buckets_of,
   free_of_latencies,
   group_of,
   probabilities,
   shape_of,
   solved,
+  with_host_path,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from recjax.errors import UserError
 from recjax.planner import frequency_buckets, lower_bound, presets, transport
 from recjax.planner.frequency_buckets import Table
+from recjax.planner.host_path import HIDDEN
 from recjax.planner.memory_budgets import cold_bytes, shard_bytes
 from recjax.planner.problem import HOT_SYNCS, Cuts, Problem, joint_cost
 from recjax.planner.traffic import Traffic
@@ -37,8 +40,9 @@ def cuts_of(plan) -> list[Cuts]:
   """What a plan without table-wise tables says of each group."""
   found = []
   for g in plan.groups:
-    hot, warm = g.rows_of("hot"), g.rows_of("warm")
-    found.append(Cuts(hot, hot + warm, g.hot_sync, transport.of_group(g)))
+    hot, end = g.rows_of("hot"), g.rows_of("hot") + g.rows_of("warm")
+    cold_end = g.rows - g.rows_of("frozen")
+    found.append(Cuts(hot, end, g.hot_sync, transport.of_group(g), cold_end))
   return found
 
 
@@ -70,8 +74,11 @@ def every_cut(problem) -> list[Cuts]:
   st.integers(0, 60),
   st.sampled_from([0, 1, 2, 1 << 20]),
   st.booleans(),
+  st.sampled_from(RATIOS),
 )
-def test_groups_share_the_memory(one, other, devices, room, on_hosts, late):
+def test_groups_share_the_memory(
+  one, other, devices, room, on_hosts, late, ratio
+):
   """Against all pairs of cuts, to the cost of what a row may change."""
   t = presets.get("dgx_h200", devices)
   if not late:
@@ -80,6 +87,9 @@ def test_groups_share_the_memory(one, other, devices, room, on_hosts, late):
     Problem(buckets_of(p), wide(devices, dim, lookups=7), t, None)
     for p, dim in ((one, 8), (other, 32))
   ]
+  if ratio is not None:
+    t = with_host_path(problems[0], ratio).topology
+    problems = [dataclasses.replace(p, topology=t) for p in problems]
   budgets = {"device_bytes": room * 36, "host_bytes": on_hosts * 4 * 132}
   best = np.inf
   for pair in itertools.product(*map(every_cut, problems)):
@@ -100,12 +110,18 @@ def test_groups_share_the_memory(one, other, devices, room, on_hosts, late):
   assert held_by(problems, cuts) <= budgets["device_bytes"]
   assert held_by(problems, cuts, cold_bytes) <= budgets["host_bytes"]
   got = cost_of(problems, cuts)
-  assert got == pytest.approx(plan.prediction.step_seconds)
+  beside = sum(x for _, x in plan.prediction.host_seconds)
+  seconds = plan.prediction.step_seconds + HIDDEN * beside
+  assert got == pytest.approx(seconds)
   # A row of either group more or less on the hosts, or in another tier.
   row = max(
     float(p.evaluate(Traffic(*x)) - p.evaluate(Traffic()))
     for p in problems
-    for x in ((1, 0, 0), (0, devices, 0), (0, 0, devices))
+    for x in (
+      (1, 0, 0),
+      (0, devices, 0),
+      (0, 0, devices, *[None] * 3, 0, None, 1),
+    )
   )
   assert best * (1 - 1e-9) <= got <= best + 2 * row * (1 + 1e-9)
 
@@ -172,6 +188,78 @@ def test_groups_are_near_the_bound_of_small_hosts(count):
   assert held_by(problems, cuts, cold_bytes) <= host
   bound = lower_bound.joint_bound(problems, device, host)
   assert cost_of(problems, cuts) <= bound * 1.001
+
+
+@pytest.mark.parametrize("slower", [1, 30, 1_000])
+@pytest.mark.parametrize("on_ssds", [False, True])
+def test_groups_are_near_the_bound_of_two_paths(slower, on_ssds):
+  """The hosts' path is hidden, takes as long as the devices', or is longer."""
+  t = presets.get("dgx_h200", 8)
+  t = dataclasses.replace(
+    t,
+    link=t.link / 100,  # replicas are worth their memory
+    host_gather=t.host_gather / slower,
+    host_link=t.host_link / slower,
+    ssd_read=100 * t.ssd_read / slower,
+  )
+  problems = [
+    dataclasses.replace(p, topology=t) for p in problems_at_scale(2, 8)
+  ]
+  stored = sum(p.profile.rows * p.shape.stored_bytes for p in problems)
+  device, host, ssd = int(stored * 0.1 / 8), 2 * stored, 0
+  if on_ssds:
+    host, ssd = int(stored * 0.4), stored
+  plan = solved(
+    problems,
+    device_bytes=device,
+    host_bytes=host,
+    ssd_bytes=ssd,
+    hot_syncs=ALL_REDUCED,
+  )
+  cuts = cuts_of(plan)
+  frozen = sum(g.rows_of("frozen") for g in plan.groups)
+  assert (frozen > 0) == on_ssds
+  assert held_by(problems, cuts) <= device
+  assert held_by(problems, cuts, cold_bytes) <= host
+  beside = sum(x for _, x in plan.prediction.host_seconds)
+  exposed = dict(plan.prediction.seconds)["host rows"]
+  if slower == 1 and not on_ssds:
+    assert exposed == 0
+  if slower == 1_000:
+    assert exposed > 0.5 * beside
+  got = cost_of(problems, cuts)
+  bound = lower_bound.joint_bound(problems, device, host, ssd_bytes=ssd)
+  assert bound * (1 - 1e-9) <= got <= bound * 1.001
+
+
+def test_the_groups_ssds_hold_what_is_used_least():
+  """A page saved a byte is worth the same in each group."""
+  problems = problems_at_scale(3, 8, overflow_probability=1e-2)
+  stored = sum(p.profile.rows * p.shape.stored_bytes for p in problems)
+  host = int(stored * 0.3)
+  plan = solved(
+    problems, device_bytes=stored // 80, host_bytes=host, ssd_bytes=stored
+  )
+  worth = []
+  for p, g in zip(problems, plan.groups, strict=True):
+    cold, frozen = g.tier("cold"), g.tier("frozen")
+    assert frozen.first == cold.stop and cold.rows % 8 == 0
+    assert (frozen.owners, frozen.axes) == (cold.owners, cold.axes)
+    assert g.stored == (cold, frozen)
+    k = np.searchsorted(p.profile.ends, frozen.first, side="right") - 1
+    worth.append(p.pages_of_row[k] / p.shape.stored_bytes)
+  assert max(worth) < 1.1 * min(worth)
+  held = held_by(problems, cuts_of(plan), cold_bytes)
+  assert 0.98 * host < held <= host
+  kept = solved(
+    problems,
+    device_bytes=stored // 80,
+    host_bytes=host,
+    ssd_bytes=stored,
+    cold_rows=100_000,
+  )
+  cold = sum(g.rows_of("cold") for g in kept.groups)
+  assert 100_000 - 3 * 8 < cold <= 100_000
 
 
 @pytest.mark.slow

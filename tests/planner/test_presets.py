@@ -30,6 +30,7 @@ def test_what_data_sheets_say_about_each_other():
     assert t.gather < t.stream
     assert t.network < t.link
     assert t.host_link < t.stream
+    assert t.ssd_read < t.host_gather
     assert t.matmul_float32 < t.matmul_bfloat16
 
 
@@ -95,6 +96,18 @@ def test_missing_and_unknown_fields_are_named(tmp_path):
     assert f"lacks {name};" in message
   assert "bandwith" in error_of(tmp_path, lambda f: f | {"bandwith": 1})
   assert "object" in error_of(tmp_path, lambda f: [f])
+
+
+def test_files_from_before_there_were_ssds_are_read_with_a_note(tmp_path):
+  t = presets.get("dgx_h200", 8)
+  fields = dataclasses.asdict(t)
+  del fields["ssd_read"], fields["ssd_latency"]
+  path = tmp_path / "t.json"
+  path.write_text(json.dumps(fields))
+  found = presets.get(str(path), 8)
+  assert found.source == f"{t.source}; ssd_read, ssd_latency assumed"
+  assert 0 < found.ssd_read <= t.ssd_read and found.ssd_latency > 0
+  assert found.host_link == t.host_link
 
 
 def test_no_file_and_no_json(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from recjax.models.cost import DenseCost
 from recjax.models.dlrm import dot_interaction
-from recjax.planner import communication, presets, step_cost, traffic
+from recjax.planner import communication, host_path, presets, step_cost, traffic
 from recjax.planner.traffic import Part, StepShape, Traffic
 
 SHAPE = StepShape(
@@ -92,10 +92,16 @@ def test_the_dense_part_passes_over_what_xla_counts(batch):
 def test_costs_rise_with_rows(name, train):
   shape = dataclasses.replace(SHAPE, train=train)
   t = presets.get(name, 8)
-  cost = lambda *x: sum(seconds_of(shape, t, Traffic(*x)).values())
+
+  def cost(hot, warm, cold):
+    asked = Traffic(hot, warm, cold, visitors=cold / 8)
+    return sum(seconds_of(shape, t, asked).values())
+
   base = cost(0.0, 8.0, 8.0)
   assert cost(0.0, 8e3, 8.0) > base
-  assert cost(0.0, 8.0, 8e3) > cost(0.0, 8e3, 8.0)  # the host is slower
+  # No row is cheaper for living elsewhere; in training visitors are merged.
+  assert cost(0.0, 8.0, 8e3) >= cost(0.0, 8e3, 8.0) * (1 - 1e-12)
+  assert not train or cost(0.0, 8.0, 8e3) > cost(0.0, 8e3, 8.0)
   if train:
     assert cost(1e6, 8.0, 8.0) > cost(1e3, 8.0, 8.0) > base
   assert cost(0.0, 0.0, 0.0) < base
@@ -104,18 +110,77 @@ def test_costs_rise_with_rows(name, train):
 def test_serving_needs_less():
   t = presets.get("dgx_h200", 8)
   served = dataclasses.replace(SHAPE, train=False)
-  asked = Traffic(100.0, 8e3, 8e3)
+  asked = Traffic(100.0, 8e3, 8e3, visitors=2e6, pages=2e3)
   train, serve = (seconds_of(w, t, asked) for w in (SHAPE, served))
+  assert serve["host rows"] > 0
   for term in train:
     assert serve[term] <= train[term]
   assert serve["all-reduce"] == serve["optimizer"] == 0
   sent = sent_by(served, asked)
   assert sent["gradients"] == sent["hot gradients"] == 0
+  # Nothing is written back, neither rows nor pages.
+  parts = [Part(w, asked) for w in (SHAPE, served)]
+  train, serve = (host_path.seconds([part], t) for part in parts)
+  for term in ("SSD", "host memory"):
+    assert 2 * serve[term] == pytest.approx(train[term])
+  assert sent["host"] == 2e6 * (SHAPE.stored_bytes + 8)
+
+
+def test_stored_rows_come_and_go_beside_the_step():
+  """By hand: what the host path takes, and the part that the step hides."""
+  t = dataclasses.replace(
+    presets.get("dgx_h200", 8),
+    host_gather=8e9,
+    host_link=1e9,
+    host_latency=1e-3,
+    ssd_read=8e8,
+    ssd_latency=1e-4,
+  )
+  asked = Traffic(0.0, 8.0, 8e3, visitors=1e3, pages=50.0)
+  found = host_path.seconds([Part(SHAPE, asked)], t)
+  row = SHAPE.row_bytes + SHAPE.slot_bytes
+  assert found == pytest.approx(
+    {
+      "SSD": 2 * 50 * 4096 / 1e8 + 2e-4,  # eight devices share the SSDs
+      "host memory": 2 * 1e3 * row / 1e9,
+      "host link": 1e3 * (2 * row + 8) / 1e9 + 2e-3,
+    }
+  )
+  assert sent_by(SHAPE, asked)["host"] == 1e3 * (2 * row + 8)
+  terms, way = seconds_of(SHAPE, t, asked), sum(found.values())
+  step = sum(step_cost.device_seconds([Part(SHAPE, asked)], t).values())
+  assert step < way
+  assert sum(terms.values()) == pytest.approx(way)
+  assert terms["host rows"] == pytest.approx(way - step)
+  # A longer step hides it; two groups' ways add up before they are compared,
+  # with one wait for pages.
+  slow = dataclasses.replace(t, launch=way)
+  assert seconds_of(SHAPE, slow, asked)["host rows"] == 0
+  none = Part(SHAPE, Traffic(0.0, 8.0))
+  hidden = dataclasses.replace(t, launch=1.5 * way)
+  parts = [Part(SHAPE, asked), Part(SHAPE, asked)]
+  both = step_cost.step_seconds(parts, hidden)["host rows"]
+  assert 0 < both < 0.5 * way
+  together = host_path.seconds(parts, hidden)
+  assert together["SSD"] == pytest.approx(2 * found["SSD"] - 2e-4)
+  parts = [Part(SHAPE, asked), none]
+  assert step_cost.step_seconds(parts, hidden)["host rows"] == 0
+
+
+def test_visitors_take_three_times_their_rows_of_a_device():
+  sizes = {"hot": 0, "warm_shard": 0, "buffers": 0.0}
+  found = step_cost.device_bytes(SHAPE, **sizes, visitors=1e3)
+  none = step_cost.device_bytes(SHAPE, **sizes)
+  assert found["visitors"] == 1e3 * (3 * SHAPE.stored_bytes + 16)
+  assert none == found | {"visitors": 0.0}
+  served = dataclasses.replace(SHAPE, train=False)
+  found = step_cost.device_bytes(served, **sizes, visitors=1e3)
+  assert found["visitors"] == 1e3 * (2 * SHAPE.stored_bytes + 16)
 
 
 def test_one_device_sends_only_to_its_host():
   shape = dataclasses.replace(SHAPE, devices=1)
-  sent = sent_by(shape, Traffic(10.0, 100.0, 100.0))
+  sent = sent_by(shape, Traffic(10.0, 100.0, 100.0, visitors=100.0))
   assert sent.pop("host") > 0
   assert set(sent.values()) == {0.0}
 
@@ -216,10 +281,10 @@ def test_groups_share_the_launch_and_the_latencies_of_requests():
   t = presets.get("dgx_h200", 8)
   narrow = dataclasses.replace(SHAPE, dim=4, row_bytes=16, wire_bytes=16)
   parts = [
-    Part(SHAPE, Traffic(10.0, 800.0, 80.0)),
+    Part(SHAPE, Traffic(10.0, 800.0, 80.0, visitors=10.0)),
     Part(
       dataclasses.replace(narrow, dense=DenseCost()),
-      Traffic(0.0, 80.0, 800.0),
+      Traffic(0.0, 80.0, 800.0, visitors=100.0),
     ),
   ]
   together, alone = step_cost.step_seconds(parts, t), 0.0
@@ -229,6 +294,7 @@ def test_groups_share_the_launch_and_the_latencies_of_requests():
   assert sum(together.values()) == pytest.approx(alone - once)
   further = sum(step_cost.further_seconds(parts[1], t).values())
   first = sum(step_cost.step_seconds(parts[:1], t).values())
+  assert together["host rows"] == 0  # hidden by either
   assert sum(together.values()) == pytest.approx(first + further)
   ids = [m for m in traffic.messages(parts) if m.kind == "ids"]
   assert [(m.level, m.size) for m in ids] == [("all", 4 * 1_760)]

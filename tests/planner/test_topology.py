@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from recjax.errors import UserError
 from recjax.planner import topology
 
 RAM = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -34,3 +35,17 @@ def test_each_budget_is_read_alone():
   device, host = topology.memory_budgets(0, 0, 2)
   assert topology.memory_budgets(7, 0, 2) == (7 << 20, host)
   assert topology.memory_budgets(0, 7, 2) == (device, 7 << 20)
+
+
+def test_the_budget_of_an_ssd_is_what_is_free_where_rows_go(tmp_path):
+  assert topology.ssd_budget(0, "") == 0
+  assert topology.ssd_budget(7, "") == 7 << 20  # to plan for other machines
+  found = os.statvfs(tmp_path)
+  free = found.f_bavail * found.f_frsize
+  for folder in (tmp_path, tmp_path / "not" / "there"):
+    budget = topology.ssd_budget(0, str(folder))
+    assert 0.3 * free < budget < 0.9 * free
+    assert topology.ssd_budget(7, str(folder)) == 7 << 20
+  (tmp_path / "file").write_text("")
+  with pytest.raises(UserError, match=r"plan\.host_store_dir: .*/file is no"):
+    topology.ssd_budget(7, str(tmp_path / "file" / "under"))

@@ -296,3 +296,51 @@ def test_counted_data_are_corrected_and_used(tmp_path):
   assert "no data" not in printed
   page = (tmp_path / "plan.html").read_text()
   assert "counted on real batches" in page
+
+
+def test_rows_that_no_memory_holds_go_to_a_folder(tmp_path):
+  """As much as is free there, or as is said."""
+  small = {
+    "data__rows": (3_000_000, 50),
+    "plan__device_memory_mb": 50,
+    "plan__host_memory_mb": 1_000,
+  }
+  with pytest.raises(UserError, match=r"plan\.ssd_memory_mb=\d+ and an SSD's"):
+    write_plan_of(terabyte(**small), tmp_path)
+  store = {"plan__host_store_dir": str(tmp_path / "store")}
+  plan, printed = write_plan_of(terabyte(**small, **store), tmp_path)
+  cold, frozen = only(plan).stored
+  assert (cold.memory, frozen.memory) == ("host", "ssd")
+  assert cold.rows * 1_024 <= 1_000 << 20 < (cold.rows + 8_000) * 1_024
+  text = f"{frozen.shard_rows * 8 / 1_024:,.1f} MB of SSDs"
+  assert re.search(rf"^frozen +{frozen.rows:,} +{text}", printed, re.M)
+  beside = sum(dict(plan.prediction.host_seconds).values())
+  page = (tmp_path / "plan.html").read_text()
+  for out in (printed, page):
+    assert f"beside the step: {beside * 1e3:,.3g} ms (SSD " in out
+  assert ">frozen</text>" in page
+  assert f"{frozen.rows:,} frozen rows" in printed
+  assert not (tmp_path / "store").exists()  # planning writes nothing there
+  with pytest.raises(UserError, match="and the 1 MB of their SSDs"):
+    write_plan_of(terabyte(**small, **store, plan__ssd_memory_mb=1), tmp_path)
+  kept, _ = write_plan_of(
+    terabyte(**small, **store, plan__cold_rows=500_000), tmp_path
+  )
+  assert only(kept).rows_of("cold") == 500_000
+  # Without a folder an SSD can only be planned for, on machines elsewhere.
+  named = terabyte(**small, plan__ssd_memory_mb=9_000)
+  assert only(write_plan_of(named, tmp_path)[0]).rows_of("frozen") > 0
+  named.plan.topology = ""
+  with pytest.raises(UserError, match=r"plan\.ssd_memory_mb: .*host_store_dir"):
+    write_plan_of(named, tmp_path)
+
+
+def test_serving_brings_rows_and_takes_none_back(tmp_path):
+  config = terabyte(data__rows=(3_000_000, 50), plan__device_memory_mb=50)
+  trained, _ = write_plan_of(config, tmp_path)
+  served, _ = write_plan_of(config, tmp_path, serving=True)
+  sent = [dict(p.prediction.sent)["host"] for p in (trained, served)]
+  v = [only(p).visitors.shard_rows for p in (trained, served)]
+  assert sent == pytest.approx([v[0] * (2 * 1_024 + 8), v[1] * (512 + 8)])
+  held = [dict(p.prediction.memory)["visitors"] for p in (trained, served)]
+  assert held == pytest.approx([v[0] * (3 * 1_024 + 16), v[1] * (2 * 512 + 16)])
