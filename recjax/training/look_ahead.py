@@ -135,6 +135,7 @@ class LookAhead:
       seen = ids if isinstance(ids, Seen) else self.see(jax.device_get(ids))
       placed = jax.device_put(seen.ids, batch_sharding(self.mesh))
       visit = self._begin(None, placed, seen.room, seen.lists, after)
+      self._grow(visit.room)
     else:
       visit = self._ask(ids, self._room, after)
     self._newest = visit
@@ -165,17 +166,33 @@ class LookAhead:
     )
 
   def _enough(self, room: Room, need: Room) -> Room:
-    """Doubles rooms until the need [rows, rows asked] fits."""
-    found = {}
-    for g in self.embedding.visited:
-      most = sum(-(-t.rows // t.owners) for t in g.group.stored)
-      sizes = []
-      for size, wanted in zip(room[g.name], need[g.name], strict=True):
-        while size < min(wanted, most):
-          size = min(2 * size, most)
-        sizes.append(size)
-      found[g.name] = tuple(sizes)
+    """Doubles all rooms until the need [rows, rows asked] fits.
+
+    Of one group alone, there would be more sizes to compile a step for.
+    """
+    most = {
+      g.name: sum(-(-t.rows // t.owners) for t in g.group.stored)
+      for g in self.embedding.visited
+    }
+    times, short = 1, True
+    while short:
+      found = {
+        k: tuple(min(times * size, max(size, most[k])) for size in of)
+        for k, of in room.items()
+      }
+      short = any(
+        size < min(wanted, most[k])
+        for k, of in found.items()
+        for size, wanted in zip(of, need[k], strict=True)
+      )
+      times *= 2
     return found
+
+  def _grow(self, room: Room) -> None:
+    """Gives the batches to come no less: a step is compiled for each room."""
+    self._room = {
+      k: tuple(map(max, self._room[k], of)) for k, of in room.items()
+    }
 
   # ---- Fetch: in the queue
 
@@ -221,6 +238,7 @@ class LookAhead:
         k: tuple(map(int, x)) for k, x in jax.device_get(visit.need).items()
       }
       room = self._enough(visit.room, need)
+      self._grow(room)
       visit = self._ask(visit.raw, room, self._last)
       fetched = visit.fetched.result()
     steps, version = visit.seen
