@@ -286,12 +286,12 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     traffic.inter_node_cold,
   )
   problem = placed.problem
-  # As XLA:TPU works: in tiles of 128 numbers, and a bag's rows, which XLA:GPU
-  # sums as it gathers them, are there at once.
-  tiled = {}
+  # XLA:TPU works in tiles of 128 numbers, and a bag's rows are there at once;
+  # XLA:GPU sums them as it gathers them, and needs the buffer no longer.
+  bag = max(t.hotness for t in problem.profile.tables)
+  held = {"ways": 1} if bag > 1 else {}
   if problem.topology.torus:
-    bag = max(t.hotness for t in problem.profile.tables)
-    tiled = {"lanes": 128, "bag": bag if bag > 1 else 0}
+    held = {"lanes": 128, "bag": bag if bag > 1 else 0}
   return step_cost.device_bytes(
     problem.shape,
     hot=placed.cuts.hot,
@@ -300,7 +300,7 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     visitors=float(traffic.visitors),
     gathered=traffic.gathered,
     table_wise=traffic.table_wise,
-    **tiled,
+    **held,
   )
 
 

@@ -295,6 +295,7 @@ def device_bytes(
   table_wise: TableWise | None = None,
   lanes: int = 1,
   bag: int = 0,
+  ways: int = 2,
 ) -> dict[str, float]:
   """Bytes of a device's memory for a group, by kind.
 
@@ -309,6 +310,7 @@ def device_bytes(
     table_wise: what table-wise tables ask, where there are any.
     lanes: that rows are padded to, where they are worked on.
     bag: lookups of a sample whose rows are held before they are summed.
+    ways: 2 where rows are still held when their gradients come; else 1.
   """
   lookups, padding = shape.local_lookups, -shape.dim % lanes / shape.dim
   wide = 4 * shape.dim * (1 + padding)
@@ -340,7 +342,7 @@ def device_bytes(
     "gradients": shape.train * summed,
     # Rows and gradients, before and after the exchange, and ids.
     "buffers": buffers
-    * (2 * communication.ID_BYTES + 2 * shape.wire_bytes + 2 * wide),
+    * (2 * communication.ID_BYTES + ways * (shape.wire_bytes + wide)),
     # A lookup's keys and positions; the vectors that the model takes, and their
     # gradients; what its layers leave for the backward pass.
     "activations": lookups * 24

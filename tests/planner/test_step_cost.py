@@ -325,6 +325,11 @@ def test_tiles_pad_what_is_worked_on_and_not_what_is_stored():
     assert tiled[kind] == plain[kind]
 
 
+def test_rows_may_be_gone_when_their_gradients_come():
+  both, one = (memory(buffers=6.0, ways=w)["buffers"] for w in (2, 1))
+  assert both - one == 6 * (SHAPE.wire_bytes + 4 * SHAPE.dim)
+
+
 def test_a_bag_of_rows_is_held_by_some():
   more = memory(bag=7)["activations"] - memory()["activations"]
   assert more == SHAPE.local * 7 * 4 * SHAPE.dim
