@@ -58,6 +58,7 @@ class Saver(ocp.CheckpointManager):
       preservation_policy=None if read_only else _Newest(keep, self.full),
       read_only=read_only,
       create=not read_only,
+      cleanup_tmp_directories=not read_only,  # of saves that were killed
       step_prefix=None,
       async_options=ocp.AsyncOptions(
         timeout_secs=_SAVE_SECONDS,
