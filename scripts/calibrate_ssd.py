@@ -5,8 +5,8 @@
 A file is written, dropped from the page cache, mapped for reads at random, and
 pages of it are copied, as embedding/host_store.py copies frozen rows: by eight
 threads for the rate, by one, page after page, for the latency. Without
-MADV_RANDOM the kernel reads ahead what nobody asks for: a quarter of the rate on
-a virtual machine's disk, and forty times the latency.
+MADV_RANDOM the kernel reads ahead what nobody asks for: a quarter of the rate
+on a virtual machine's disk, and forty times the latency.
 """
 
 import argparse

@@ -40,6 +40,7 @@ TWO = dense.Case(
   (Feature("a", "a", 2), Feature("c", "c", 3, "mean"), Feature("b", "b")),
 )
 # Hot rows, whose gradients are all-reduced unless all rows are hot; the case.
+# Of "cold", three quarters of the rows are stored.
 CASES = {
   "warm": (0, case_of(128, "adagrad")),
   "mixed": (HOT, case_of(128, "rowwise_adagrad")),
@@ -48,6 +49,7 @@ CASES = {
   "two groups": (HOT, TWO),
   "dim 64": (0, case_of(64, "sgd")),
   "dim 256": (0, case_of(256, "sgd")),
+  "cold": (HOT, case_of(128, "adagrad")),
   "bfloat16": (0, case_of(128, "sgd", "bfloat16")),
 }
 
@@ -55,14 +57,16 @@ CASES = {
 def setup_of(target: compile_targets.Target, name: str):
   """What the programs of a case are lowered from."""
   hot, case = CASES[name]
+  stored = {"visitors": 512, "frozen": ROWS // 4} if name == "cold" else {}
   groups = tuple(
     helpers.make_group(
       target.devices,
       hot=hot,
-      warm=part.rows - hot,
+      warm=(part.rows // 4 if stored else part.rows) - hot,
       capacity=8,
       hot_sync="all_gather" if hot == part.rows else "all_reduce",
       **part._asdict(),
+      **stored,
     )
     for part in case.parts
   )

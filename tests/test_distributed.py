@@ -16,6 +16,7 @@ from recjax import config as config_lib
 from recjax import distributed, jobs
 from recjax import mesh as mesh_lib
 from recjax.errors import UserError
+from recjax.plan.plan import Plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS, EVERY = 120, 20  # of training; between checkpoints
@@ -73,8 +74,8 @@ def spawn(*command):
   )
 
 
-def launch(workdir, *flags):
-  script = ("scripts/launch_local.py", "--processes=2", "--")
+def launch(workdir, *flags, processes=2):
+  script = ("scripts/launch_local.py", f"--processes={processes}", "--")
   return spawn(*script, *FLAGS, f"--workdir={workdir}", *flags)
 
 
@@ -186,6 +187,38 @@ def test_one_process_evaluates_what_two_trained(together):
   want = lines(together, "test")[-1]
   for name, value in got.items():
     np.testing.assert_allclose(value, want[name], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_four_processes_share_rows_in_memory_and_files(alone, tmp_path):
+  """From a checkpoint without frozen rows; killed, and on to the end."""
+  workdir, want = alone
+  shutil.copytree(workdir / "data", tmp_path / "data")
+  checkpoint = f"checkpoints/{EVERY}"
+  shutil.copytree(workdir / checkpoint, tmp_path / checkpoint)
+  shutil.copy(workdir / "metrics.jsonl", tmp_path)
+  store = tmp_path / "store"
+  flags = (
+    f"--config.plan.host_store_dir={store}",
+    "--config.plan.ssd_memory_mb=16",
+    "--config.plan.cold_rows=1000",
+  )
+  launcher = launch(tmp_path, *flags, processes=4)
+  until(launcher, f"step {2 * EVERY + 10} ")
+  os.kill(member(tmp_path, 2), signal.SIGKILL)
+  _, said = launcher.communicate(timeout=60)
+  assert launcher.returncode == 1
+  assert said.startswith("error: process 2 of 4 ended (killed by SIGKILL)")
+  assert not list(store.iterdir())  # nothing is left behind
+  launcher = launch(tmp_path, *flags, processes=4)
+  printed, said = launcher.communicate(timeout=300)
+  assert launcher.returncode == 0, said
+  assert f"restoring step {EVERY} of " not in printed
+  tiers = Plan.from_json((tmp_path / "plan.json").read_text()).groups[0].tiers
+  assert [t.name for t in tiers] == ["hot", "warm", "cold", "frozen"]
+  got = lines(tmp_path, "test")[-1]
+  for name, value in want.items():
+    np.testing.assert_allclose(got[name], value, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ order in which they were given; the threads of a pool share a job's rows out.
 
 import functools
 import itertools
+import mmap
 import os
 import pathlib
 import tempfile
@@ -31,7 +32,9 @@ from recjax.embedding.snapshot import Bits, Snapshot
 from recjax.errors import UserError
 from recjax.plan.plan import Tier
 
-_THREADS = 8  # of the pool at most: enough to fill a host's memory channels
+# Of the pool at most: enough to fill a host's memory channels, and to wait for
+# an SSD's pages side by side.
+_THREADS = 8
 _LEAST_ROWS = 8192  # of a thread's share of a job
 _BLOCK_BYTES = 16 << 20  # of rows that are made or summed at a time
 
@@ -161,7 +164,10 @@ class StoredRows:
   def block(self, first: int, stop: int) -> TierArrays:
     """Returns a copy of the records [first, stop)."""
     found = [
-      jax.tree.map(lambda x, s=s: x[max(0, first - s) : max(0, stop - s)], part)
+      jax.tree.map(
+        lambda x, s=s: _read_ahead(x[max(0, first - s) : max(0, stop - s)]),
+        part,
+      )
       for part, s in zip(self.parts, self._starts, strict=False)
     ]
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
@@ -235,9 +241,25 @@ def _mapped(directory: str) -> Callable[[Any, Any], np.ndarray]:
     # Without a name from the start: nothing is left behind, however it ends.
     with tempfile.TemporaryFile(dir=directory) as f:
       os.posix_fallocate(f.fileno(), 0, size)  # or an error now, not a signal
-      return np.asarray(np.memmap(f, dtype, "r+", shape=shape))
+      whole = mmap.mmap(f.fileno(), size)
+    whole.madvise(mmap.MADV_RANDOM)  # neighbours of a row are seldom asked for
+    return np.frombuffer(whole, dtype).reshape(shape)
 
   return make
+
+
+def _read_ahead(x: np.ndarray) -> np.ndarray:
+  """Lets the kernel read all of a slice at once, if it is of a file."""
+  whole = x.base
+  while isinstance(whole, np.ndarray):
+    whole = whole.base
+  whole = whole.obj if isinstance(whole, memoryview) else None
+  if isinstance(whole, mmap.mmap) and x.nbytes:
+    address = lambda array: array.__array_interface__["data"][0]
+    start = address(x) - address(np.frombuffer(whole, np.uint8))
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    whole.madvise(mmap.MADV_WILLNEED, first, start + x.nbytes - first)
+  return x
 
 
 class FullSave(NamedTuple):
@@ -272,7 +294,10 @@ class HostStore:
     self.groups = {
       g.name: StoredRows(g, owners, directory) for g in embedding.visited
     }
-    threads = min(_THREADS, os.cpu_count() or 1)
+    tiers = [t for g in embedding.visited for t in g.group.stored]
+    threads = _THREADS
+    if not any(t.memory == "ssd" for t in tiers):
+      threads = min(threads, os.cpu_count() or 1)
     self._pool = ThreadPoolExecutor(threads, "recjax-store")
     self._queue = ThreadPoolExecutor(1, "recjax-store-queue")
     self._threads, self._delay = threads, delay

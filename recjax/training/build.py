@@ -92,7 +92,7 @@ def build(
     name: of.ranks
     for name, of in positions.of_groups(plan, prepared.profile).items()
   }
-  store = visiting.make_store(spec, mesh)
+  store = visiting.make_store(spec, mesh, config.plan.host_store_dir)
   if store:
     host_store.init(store, spec.embedding, e.init_scale)
   on_host = {"auto": None, "host": True, "device": False}[config.data.route]

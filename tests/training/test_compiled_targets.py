@@ -75,10 +75,12 @@ def check(target, *names):
 @pytest.mark.parametrize(
   ("target", "names"),
   [
-    (TPU, ("hot", "mixed", "two groups")),
+    (TPU, ("hot", "mixed", "cold", "two groups")),
     (GPU, ("two groups",)),
     pytest.param(TPU, ("warm", "narrow", "bfloat16"), marks=pytest.mark.slow),
-    pytest.param(GPU, ("hot", "warm", "bfloat16"), marks=pytest.mark.slow),
+    pytest.param(
+      GPU, ("hot", "warm", "cold", "bfloat16"), marks=pytest.mark.slow
+    ),
   ],
 )
 def test_tables_of_all_tiers_are_updated_in_place(target, names):
