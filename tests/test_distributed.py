@@ -191,7 +191,7 @@ def test_one_process_evaluates_what_two_trained(together):
 
 @pytest.mark.slow
 def test_four_processes_share_rows_in_memory_and_files(alone, tmp_path):
-  """From a checkpoint without frozen rows; killed, and on to the end."""
+  """From a checkpoint of one process without frozen rows, to the same end."""
   workdir, want = alone
   shutil.copytree(workdir / "data", tmp_path / "data")
   checkpoint = f"checkpoints/{EVERY}"
@@ -204,16 +204,10 @@ def test_four_processes_share_rows_in_memory_and_files(alone, tmp_path):
     "--config.plan.cold_rows=1000",
   )
   launcher = launch(tmp_path, *flags, processes=4)
-  until(launcher, f"step {2 * EVERY + 10} ")
-  os.kill(member(tmp_path, 2), signal.SIGKILL)
-  _, said = launcher.communicate(timeout=60)
-  assert launcher.returncode == 1
-  assert said.startswith("error: process 2 of 4 ended (killed by SIGKILL)")
-  assert not list(store.iterdir())  # nothing is left behind
-  launcher = launch(tmp_path, *flags, processes=4)
   printed, said = launcher.communicate(timeout=300)
   assert launcher.returncode == 0, said
-  assert f"restoring step {EVERY} of " not in printed
+  assert f"restoring step {EVERY} of " in printed
+  assert not list(store.iterdir())  # nothing is left behind
   tiers = Plan.from_json((tmp_path / "plan.json").read_text()).groups[0].tiers
   assert [t.name for t in tiers] == ["hot", "warm", "cold", "frozen"]
   got = lines(tmp_path, "test")[-1]
