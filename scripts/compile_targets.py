@@ -139,6 +139,7 @@ def environment() -> dict[str, str]:
   flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
   return {
     "JAX_PLATFORMS": "cpu",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # it is about compiling
     # What is compiled is to be as users have it; tests turn most of it off.
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
     "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
