@@ -42,9 +42,9 @@ import numpy as np
 
 from recjax.plan import layout
 from recjax.planner import transport as transport_lib
-from recjax.planner.host_path import Paths
+from recjax.planner.host_path import HIDDEN, Paths
 from recjax.planner.problem import HOT_SYNCS, Cuts, Problem
-from recjax.planner.stored_rows import Room
+from recjax.planner.stored_rows import Room, most_cold
 from recjax.planner.traffic import Traffic
 from recjax.planner.transport import Transport
 
@@ -226,28 +226,32 @@ class _Search:
   def _need(self) -> int:
     """Rows that the devices must hold."""
     n, room = self.problem.shape.devices, self.room
-    host = room.host if room.cold < 0 else min(room.cold, room.host)
-    return max(self.rows - host // n * n - room.ssd // n * n, 0)
+    cold = most_cold(room.host, n)
+    if room.cold >= 0:
+      cold = min(cold, room.cold // n * n)
+    return max(self.rows - cold - most_cold(room.ssd, n), 0)
 
   @functools.cached_property
   def _fewer_copies(self) -> list[int]:
     """Ends of the warm rows that may be better than where as many as fit end.
 
     Of a row with a copy in every node the gradients may cost the network more
-    than a stored row, and do so the sooner the rarer it is: D over warm_end
-    falls, then rises. Its least point, or what all hosts leave.
+    than a stored row, and do so the sooner the rarer it is: what is minimised
+    where the hosts' path is hidden falls over warm_end, then rises. Its least
+    point, or what all hosts leave.
     """
     ends = self.problem.profile.ends[1:-1]  # with all tiers but the hot one
     if not len(ends):
       return []
-    costs = self.problem.paths(self.traffic(0 * ends, ends)).device
+    paths = self.problem.paths(self.traffic(0 * ends, ends))
+    costs = paths.device + HIDDEN * paths.host
     end = int(ends[np.argmin(costs + 0.0 * ends)])
     return list({end, max(end, self._need)})
 
   def _balanced_copies(
     self, hot_sync: str, least: float
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Warm rows past D's least point where H, which falls, meets D.
+    """Warm rows past `_fewer_copies`' first where H, which falls, meets D.
 
     Args:
       hot_sync: how hot gradients meet.

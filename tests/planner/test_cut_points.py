@@ -283,6 +283,14 @@ def slow_network():
   return Problem(s, shape, t, None), 3, 4
 
 
+def hidden_hosts():
+  """Where the hosts' seconds decide, though a step does not wait for them."""
+  t = dataclasses.replace(presets.get("dgx_h200", 4), node_devices=2)
+  shape = shape_of(4, 1, node_devices=2)
+  s = buckets_of([1.0, 0.5, 0.25])
+  return Problem(s, shape, free_of_latencies(t), None), 2, 4
+
+
 def test_rare_rows_need_no_copies():
   """Neither all that fit nor none: what the network or the hosts ask for."""
   for exchange, end in (("flat", 4), ("two_stage", 1)):
@@ -292,13 +300,11 @@ def test_rare_rows_need_no_copies():
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(node_problems())
 @example(slow_network())
+@example(hidden_hosts())
 def test_no_cuts_are_cheaper_with_any_transport(case):
-  """By a hundredth of what cuts change: where each node has copies, and the
-  devices' path crosses the hosts', a cut between two rows may be missed.
-  """
   problem, fit, host_rows = case
   n, rows = problem.shape.devices, problem.profile.rows
   every = [(h, e) for h in range(rows + 1) for e in range(h, rows + 1)]
@@ -319,9 +325,8 @@ def test_no_cuts_are_cheaper_with_any_transport(case):
       continue
     hot, end = np.array(fits).T
     costs = [problem.cost(Cuts(hot, end, x, transport)) for x in HOT_SYNCS]
-    low, high = float(np.min(costs)), float(np.max(costs))
     got[transport] = float(problem.cost(found))
-    assert got[transport] <= low * (1 + 1e-9) + 0.01 * (high - low)
+    assert got[transport] == least_cost(problem, np.min(costs))
   best = cut_points.best_cuts(problem, fit, host_rows)
   assert (best is None) == (not got)
   if best is not None:
