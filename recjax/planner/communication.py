@@ -64,16 +64,6 @@ def gathered_bytes(pi, w, n, c=ID_BYTES):
   return 0.0 * pi, (n - 1) * pi * (w + c)
 
 
-def host_bytes(pi_global, w, slot, n, c=ID_BYTES):
-  """Bytes (up, down) a device's host link, for a row of host memory.
-
-  With the optimizer on the device: the row and its slot variables up, the same
-  and the id down, once a step whatever the number of devices; pi_global =
-  pi(B).
-  """
-  return pi_global * (w + slot) / n, pi_global * (w + slot + c) / n
-
-
 def two_stage_bytes(pi_node, w, nodes, devices_per_node, c=ID_BYTES):
   """Bytes between nodes, a device's, where a node's devices coalesce first.
 

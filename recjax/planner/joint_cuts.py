@@ -124,6 +124,10 @@ class _Planner:
       return tuple(cuts)
     return budgets_lib.stored(self.problems, cuts, self.budgets, self.given)
 
+  def _given_cold(self, cuts: Cuts) -> int:
+    """A group's part of the cold rows that are given; -1 = none are."""
+    return -1 if self.given.cold_rows < 0 else int(cuts.cold_rows)
+
   def _fit(self, cuts: Sequence[Cuts]) -> bool:
     device = budgets_lib.all_bytes(self.problems, cuts, budgets_lib.shard_bytes)
     return device <= self.budgets.device_bytes and budgets_lib.fit(
@@ -176,8 +180,8 @@ class _Planner:
     device = self.budgets.device_bytes - sum(x.device for x in shares)
     host = self.budgets.all_hosts - sum(x.host for x in shares) + sum(on_ssd)
     ssd = self.budgets.all_ssds - sum(on_ssd)
-    for p, share, hot, on in zip(
-      self.problems, shares, self.given.hot(), on_ssd, strict=True
+    for p, share, hot, on, now in zip(
+      self.problems, shares, self.given.hot(), on_ssd, frozen, strict=True
     ):
       device += share.device
       host, ssd = host + share.host - on, ssd + on
@@ -188,6 +192,7 @@ class _Planner:
         max(int(host), 0) // size,
         ssd_rows=max(ssd, 0) // size,
         hot_rows=hot,
+        cold_rows=self._given_cold(now),
         hot_syncs=self.hot_syncs,
         transports=(share.transport,),
       )
@@ -240,6 +245,7 @@ class _Planner:
       host_rows,
       ssd_rows=ssd_rows,
       hot_rows=self.given.hot()[i],
+      cold_rows=self._given_cold(cuts[i]),
       hot_syncs=self.hot_syncs,
       transports=self.transports,
     )

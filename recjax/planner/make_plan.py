@@ -286,12 +286,6 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     traffic.inter_node_cold,
   )
   problem = placed.problem
-  # XLA:TPU works in tiles of 128 numbers, and a bag's rows are there at once;
-  # XLA:GPU sums them as it gathers them, and needs the buffer no longer.
-  bag = max(t.hotness for t in problem.profile.tables)
-  held = {"ways": 1} if bag > 1 else {}
-  if problem.topology.torus:
-    held = {"lanes": 128, "bag": bag if bag > 1 else 0}
   return step_cost.device_bytes(
     problem.shape,
     hot=placed.cuts.hot,
@@ -300,7 +294,8 @@ def _memory(placed: Placed, traffic: Traffic) -> dict[str, float]:
     visitors=float(traffic.visitors),
     gathered=traffic.gathered,
     table_wise=traffic.table_wise,
-    **held,
+    tiled=problem.tiled,
+    longest_bag=problem.longest_bag,
   )
 
 

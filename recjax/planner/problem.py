@@ -260,8 +260,6 @@ class Problem:
       found.append((intra_node, inter_node))
     (warm, inter_node_warm), (cold, inter_node_cold) = found
     visitors = self.visitors(cuts.warm_end, self.profile.rows)
-    if capacity:
-      visitors = np.minimum(visitors, capacity)
     # No device, and no node, asks an owner for more rows than visit it.
     cold = np.minimum(cold, self.shape.devices * visitors)
     if inter_node_cold is not None:
@@ -278,6 +276,16 @@ class Problem:
       visitors=visitors,
       pages=self.pages(self.profile.rows - frozen, self.profile.rows),
     )
+
+  @property
+  def tiled(self) -> bool:
+    """Whether XLA works in tiles, as for TPUs; see step_cost.device_bytes."""
+    return self.topology.torus > 0
+
+  @property
+  def longest_bag(self) -> int:
+    """Lookups of a sample in the table that has most."""
+    return max(t.hotness for t in self.profile.tables)
 
   def cost(self, cuts: Cuts):
     """Seconds or bytes of a step with these cuts; numbers or arrays."""

@@ -284,6 +284,9 @@ def _table_wise_seconds(
 # ---- Memory
 
 
+_TILE = 128  # numbers
+
+
 def device_bytes(
   shape: StepShape,
   *,
@@ -293,9 +296,8 @@ def device_bytes(
   visitors: float = 0.0,
   gathered: float | None = None,
   table_wise: TableWise | None = None,
-  lanes: int = 1,
-  bag: int = 0,
-  ways: int = 2,
+  tiled: bool = False,
+  longest_bag: int = 1,
 ) -> dict[str, float]:
   """Bytes of a device's memory for a group, by kind.
 
@@ -308,11 +310,15 @@ def device_bytes(
     gathered: touched hot rows that a device shares with all; None where the
       hot rows' gradients are all-reduced.
     table_wise: what table-wise tables ask, where there are any.
-    lanes: that rows are padded to, where they are worked on.
-    bag: lookups of a sample whose rows are held before they are summed.
-    ways: 2 where rows are still held when their gradients come; else 1.
+    tiled: whether XLA works in tiles of 128 numbers and holds a bag's rows
+      before they are summed, as for TPUs; else it sums them as it gathers them.
+    longest_bag: of the group's features, in lookups.
   """
-  lookups, padding = shape.local_lookups, -shape.dim % lanes / shape.dim
+  lookups, bags = shape.local_lookups, longest_bag > 1
+  padding = -shape.dim % _TILE / shape.dim if tiled else 0.0
+  held = longest_bag if tiled and bags else 0  # a sample's rows, not yet summed
+  # Rows that are summed at once are gone when their gradients come.
+  both = 1 if bags and not tiled else 2
   wide = 4 * shape.dim * (1 + padding)
   size = 2 if shape.compute == "bfloat16" else 4
   inputs = 4 * shape.dense.inputs * (1 + padding) * (1 + shape.train)
@@ -342,11 +348,11 @@ def device_bytes(
     "gradients": shape.train * summed,
     # Rows and gradients, before and after the exchange, and ids.
     "buffers": buffers
-    * (2 * communication.ID_BYTES + ways * (shape.wire_bytes + wide)),
+    * (2 * communication.ID_BYTES + both * (shape.wire_bytes + wide)),
     # A lookup's keys and positions; the vectors that the model takes, and their
     # gradients; what its layers leave for the backward pass.
     "activations": lookups * 24
-    + shape.local * (bag * wide + inputs + size * shape.dense.floats),
+    + shape.local * (held * wide + inputs + size * shape.dense.floats),
     # Parameters, as many slot variables (of Adagrad), and gradients.
     "dense": 4 * shape.dense.params * (3 if shape.train else 1),
   }

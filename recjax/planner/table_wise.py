@@ -56,11 +56,6 @@ class Placement:
     """[T] float64: warm rows of each table."""
     return self.rows.sum(axis=1)
 
-  @functools.cached_property
-  def touched(self) -> np.ndarray:
-    """[K]: P(the global batch touches a row of the bucket)."""
-    return self.problem.profile.touched(self.problem.shape.batch_size)
-
   def owners(self, tables: Iterable[int]) -> tuple[dict[int, int], int]:
     """Assigns tables to owners, the longest bags first.
 
@@ -121,7 +116,7 @@ class Placement:
       held = np.diff(most, prepend=0.0)
       kept[o] = most[-1]
       free = free - held
-      updated = max(updated, float(np.sum(held * self.touched)))
+      updated = max(updated, float(np.sum(held * self.problem.of_batch.pi)))
       whole[mine] = rows.sum() <= room[o]
     whole &= [t in owner for t in range(len(whole))]
     return _Held(kept, free, whole, updated)

@@ -82,7 +82,8 @@ _LIMITS = {  # what no machine is below or above
   "sort": (1e3, 1e14),
 }
 _RATE = (1e4, 1e15)  # bytes/s
-_MAY_LACK = ("ssd_read", "ssd_latency", "source")
+_SSD = ("ssd_read", "ssd_latency")
+_MAY_LACK = (*_SSD, "source")
 
 
 def load(path: str | pathlib.Path) -> Topology:
@@ -106,7 +107,7 @@ def load(path: str | pathlib.Path) -> Topology:
       f"plan.topology: {path} lacks {', '.join(missing)}; a file needs all of "
       f"{', '.join(fields)}, as scripts/calibrate.py writes it"
     )
-  assumed = [n for n in ("ssd_read", "ssd_latency") if n not in found]
+  assumed = [n for n in _SSD if n not in found]
   unknown = [n for n in found if n not in fields]
   if unknown:
     raise UserError(
@@ -177,7 +178,7 @@ def memory_budgets(
 
   0 MB reads the budget from the machine: `device_limit` is the accelerator's
   own memory in bytes; without one (CPU), the `devices` simulated devices
-  share one half of what the host can give and the cold tier gets the other.
+  share one half of what the host can give and stored rows get the other.
   """
   ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   ram = int(ram * _TABLE_SHARE)

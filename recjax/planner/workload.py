@@ -211,6 +211,8 @@ def budgets(problems: Sequence[Problem]) -> tuple[int, int]:
       warm_shard=0,
       buffers=float(p.buffers(0, rows)),
       visitors=float(p.visitors(0, rows)),
+      tiled=p.tiled,
+      longest_bag=p.longest_bag,
     )
     step += sum(of_group.values())
   device = max(_TABLE_SHARE * t.device_memory - step, 0)

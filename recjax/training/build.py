@@ -15,7 +15,7 @@ from recjax.errors import UserError
 from recjax.mesh import make_mesh
 from recjax.models import build as models
 from recjax.plan import positions
-from recjax.plan.plan import Plan
+from recjax.plan.plan import FROZEN, Plan
 from recjax.schema import Feature, TableGroup, groups_of
 from recjax.training import visiting
 from recjax.training.dense_optimizer import dense_optimizer
@@ -153,6 +153,12 @@ def _check_plan(
         f"{what}: the plan was made for {planned}, config and data have "
         f"{wanted}; make the plan anew with them"
       )
+  frozen = any(g.rows_of(FROZEN) for g in plan.groups)
+  if frozen and not config.plan.host_store_dir:
+    raise UserError(
+      "plan.host_store_dir: the plan has frozen rows, which lie in files; set "
+      "a folder on an SSD of each host, or plan without plan.ssd_memory_mb"
+    )
 
 
 def refuse_used_states(step: Callable) -> Callable:

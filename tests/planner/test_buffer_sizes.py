@@ -161,7 +161,6 @@ def test_bytes_are_those_of_simulated_exchanges():
       found["gathered"] += len(mine) * (n - 1) * (w + 4) / n
     for k, there in enumerate(nodes):
       found["two"] += (there % 4 // 2 != k).sum() * (2 * w + 4) / n
-    found["host"] += len(np.unique(ids)) * (2 * w + 4) / n
   p = buffer_sizes.bag_probability(r, h)
   pi = buffer_sizes.touch_probability(p, b)
   want = {
@@ -171,9 +170,6 @@ def test_bytes_are_those_of_simulated_exchanges():
       buffer_sizes.touch_probability(p, 2 * b), w, 2, 2
     ),
     "gathered": communication.gathered_bytes(pi, w, n),
-    "host": communication.host_bytes(
-      buffer_sizes.touch_probability(p, n * b), w, 0, n
-    ),
   }
   for name, (forward, backward) in want.items():
     total = float(np.sum(forward) + np.sum(backward))

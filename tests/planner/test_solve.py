@@ -179,9 +179,7 @@ def test_as_many_visitors_as_any_owner_has(case):
     of_owner.sum(), 1e-3 / n, (of_owner * (1 - of_owner)).sum()
   )
   most = min(len(of_owner), p.batch_size * arguments["lookups"])
-  if arguments["capacity"]:
-    most = min(most, arguments["capacity"])
-  assert v >= min(enough, most)
+  assert v >= min(enough, most)  # whatever a round's buffers hold
   assert p.with_visitors({group.name: v}) == p
 
 

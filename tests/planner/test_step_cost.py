@@ -318,18 +318,21 @@ def test_replicas_gradients_are_a_tier_or_what_all_devices_share():
 
 
 def test_tiles_pad_what_is_worked_on_and_not_what_is_stored():
-  plain, tiled = memory(gathered=3.0), memory(gathered=3.0, lanes=128)
+  plain, tiled = memory(gathered=3.0), memory(gathered=3.0, tiled=True)
   padded = 4 * 128 * -(-SHAPE.dim // 128)
   assert tiled["gradients"] == SHAPE.devices * 3 * (24 + padded)
   for kind in ("replicas", "tables", "slot variables", "dense"):
     assert tiled[kind] == plain[kind]
 
 
-def test_rows_may_be_gone_when_their_gradients_come():
-  both, one = (memory(buffers=6.0, ways=w)["buffers"] for w in (2, 1))
-  assert both - one == 6 * (SHAPE.wire_bytes + 4 * SHAPE.dim)
-
-
-def test_a_bag_of_rows_is_held_by_some():
-  more = memory(bag=7)["activations"] - memory()["activations"]
-  assert more == SHAPE.local * 7 * 4 * SHAPE.dim
+def test_bags_are_summed_at_once_but_where_xla_works_in_tiles():
+  row, wire = 4 * SHAPE.dim, SHAPE.wire_bytes
+  at = lambda kind, **kw: memory(buffers=6.0, **kw)[kind]
+  # Then the rows are gone when their gradients come.
+  more = at("buffers") - at("buffers", longest_bag=7)
+  assert more == 6 * (wire + row)
+  assert at("activations") == at("activations", longest_bag=7)
+  tiled = {"tiled": True}
+  assert at("buffers", **tiled) == at("buffers", **tiled, longest_bag=7)
+  more = at("activations", **tiled, longest_bag=7) - at("activations", **tiled)
+  assert more == SHAPE.local * 7 * 4 * 128 * -(-SHAPE.dim // 128)
