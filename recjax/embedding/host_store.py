@@ -35,7 +35,8 @@ from recjax.plan.plan import Tier
 # Of the pool at most: enough to fill a host's memory channels, and to wait for
 # an SSD's pages side by side.
 _THREADS = 8
-_LEAST_ROWS = 8192  # of a thread's share of a job
+_LEAST_ROWS = 8192  # of a thread's share of a job, in memory
+_LEAST_IN_FILES = 64  # which a thread waits for, not works at
 _BLOCK_BYTES = 16 << 20  # of rows that are made or summed at a time
 
 
@@ -295,9 +296,9 @@ class HostStore:
       g.name: StoredRows(g, owners, directory) for g in embedding.visited
     }
     tiers = [t for g in embedding.visited for t in g.group.stored]
-    threads = _THREADS
+    threads, self._least_rows = _THREADS, _LEAST_IN_FILES
     if not any(t.memory == "ssd" for t in tiers):
-      threads = min(threads, os.cpu_count() or 1)
+      threads, self._least_rows = min(threads, os.cpu_count() or 1), _LEAST_ROWS
     self._pool = ThreadPoolExecutor(threads, "recjax-store")
     self._queue = ThreadPoolExecutor(1, "recjax-store-queue")
     self._threads, self._delay = threads, delay
@@ -357,7 +358,7 @@ class HostStore:
 
   def spread(self, f: Callable[[slice], None], rows: int) -> None:
     """Runs f on slices of so many rows, on the threads of the pool."""
-    parts = max(1, min(self._threads, rows // _LEAST_ROWS))
+    parts = max(1, min(self._threads, rows // self._least_rows))
     ends = np.linspace(0, rows, parts + 1).astype(int)
     slices = [slice(a, b) for a, b in itertools.pairwise(ends)]
     if parts == 1:
