@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from helpers_cuts import ALL_REDUCED, problems, problems_with_ssds, row_cost
-from helpers_planner import buckets_of, shape_of
+from helpers_planner import buckets_of, free_of_latencies, shape_of
 from hypothesis import example, given, settings
 from scipy import optimize, sparse
 
@@ -21,6 +21,12 @@ NEVER_USED = Problem(  # all cost is that of next to no rows
   presets.get("cpu", 1),
   None,
   "bytes",
+)
+LATENCIES = Problem(  # the rows cost nothing beside them
+  buckets_of([0.0]),
+  shape_of(1, 1, lookups=1, train=False),
+  free_of_latencies(presets.get("cpu", 1)),
+  None,
 )
 
 
@@ -58,7 +64,8 @@ def by_linear_program(problem, fit, host_rows, ssd_rows=0) -> float:
       slopes = np.array([(at(tiny + 1e6 * u) - fixed) / 1e6 for u in np.eye(5)])
       each = np.einsum("txk,xp->ptk", of_row[list(there)], slopes)  # [2, T, K]
       costs = (each * rows).reshape(2, -1)
-      scale = np.abs(costs).max() or 1.0
+      # Of what is the most: below 1e-7, HiGHS takes all for nothing.
+      scale = max(np.abs(costs).max(), np.abs(fixed).max()) or 1.0
       held = np.kron(memory[:, there], rows) / np.maximum(budgets, 1)[:, None]
       whole = sparse.hstack([sparse.identity(len(pi))] * size)
       result = optimize.linprog(  # the last variable is above both paths
@@ -78,6 +85,7 @@ def by_linear_program(problem, fit, host_rows, ssd_rows=0) -> float:
 @settings(max_examples=30, deadline=None)
 @example((NEVER_USED, 4, 1))
 @example((NEVER_USED, 4, 2))
+@example((LATENCIES, 1, 0))
 @given(problems())
 def test_the_bound_is_that_of_a_linear_program(case):
   problem, fit, host_rows = case
