@@ -43,8 +43,19 @@ def case_of(kind, optimizer="sgd", dtype="float32") -> dense.Case:
   return dense.Case((part,), features)
 
 
-def plan_of(case, devices, tiers, capacity=0, **kw) -> Plan:
-  """All groups of a case in the same tiers."""
+def plan_of(
+  case, devices, tiers, capacity=0, *, visitors=None, **kw
+) -> Plan:
+  """All groups of a case in the same tiers.
+
+  Args:
+    case: whose tables they are.
+    devices: of the mesh.
+    tiers: of TIERS.
+    capacity: rows of each buffer for a peer; 0 = enough.
+    visitors: rows of an owner's room to begin with, 0 = enough; None: capacity.
+    **kw: of helpers.make_group.
+  """
   hot, warm = TIERS[tiers]
   groups = tuple(
     helpers.make_group(
@@ -52,7 +63,7 @@ def plan_of(case, devices, tiers, capacity=0, **kw) -> Plan:
       hot=hot,
       warm=warm,
       capacity=capacity,
-      visitors=capacity,
+      visitors=capacity if visitors is None else visitors,
       hot_sync="all_gather" if "gathered" in tiers else "all_reduce",
       **part._asdict(),
       **kw,
