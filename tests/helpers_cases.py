@@ -43,9 +43,7 @@ def case_of(kind, optimizer="sgd", dtype="float32") -> dense.Case:
   return dense.Case((part,), features)
 
 
-def plan_of(
-  case, devices, tiers, capacity=0, *, visitors=None, **kw
-) -> Plan:
+def plan_of(case, devices, tiers, capacity=0, *, visitors=None, **kw) -> Plan:
   """All groups of a case in the same tiers.
 
   Args:
