@@ -36,7 +36,7 @@ from recjax.training import checkpoint, inputs, visiting
 from recjax.training import evaluate as evaluate_lib
 from recjax.training import train as train_lib
 from recjax.training.build import build
-from recjax.training.state import Run
+from recjax.training.state import At, Run
 
 __all__ = [
   "batches",
@@ -126,16 +126,17 @@ def batches(
 ) -> Iterator[dict[str, jax.Array]]:
   """Iterates over the training batches of a run from its present step on.
 
+  Of a run whose steps so far had batches of the same size.
+
   Yields:
     label [B] float32, dense [B, D] float32, ids [B, S] int32 and maybe weights
     [B, S] float32 and the ids' route, on the run's mesh: what `run.step` takes.
     A batch without its route works too.
   """
-  steps, _ = inputs.run_length(config, prepared)
-  first = int(run.state.step)
-  data = inputs.training_batches(config, prepared, run, first)
-  for batch, _ in inputs.fed(data, run, steps - first):
-    yield batch
+  steps, step = inputs.last_step(config, prepared), int(run.state.step)
+  at = inputs.later(At(), step, config, prepared)
+  data = inputs.training_batches(config, prepared, run, at.done)
+  yield from inputs.fed(data, run, steps - step)
 
 
 def train(

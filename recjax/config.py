@@ -183,6 +183,9 @@ class Train:
   warmup_steps: int = _number(0, at_least=0)
   decay_steps: int = _number(0, at_least=0)  # linear, at the end; 0 = none
   log_every_steps: int = _number(100, at_least=1)
+  # Workdir of another run, of the same model and data: this one begins with
+  # what that one has trained, and with the data from the start.
+  start_from: str = ""
 
 
 @dataclass

@@ -138,7 +138,8 @@ def _begin(config, workdir, report, serving=False):
 
 def _summary(step: int, result: dict, prepared: Prepared) -> str:
   lines = [f"test metrics at step {step}:"]
-  lines += [f"  {name} {value:.6f}" for name, value in result.items()]
+  shown = lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.6f}"
+  lines += [f"  {name} {shown(value)}" for name, value in result.items()]
   if prepared.teacher:
     lines.append(
       f"the teacher that drew the labels: auc {prepared.teacher['auc']:.6f}, "

@@ -48,6 +48,7 @@ from recjax.embedding import host_store
 from recjax.mesh import make_mesh
 from recjax.training import checkpoint, checksums, state, visiting
 from recjax.training.checkpoint import About
+from recjax.training.state import At
 
 MB = 1e6
 
@@ -94,7 +95,7 @@ class Trainer:
   def as_state(self) -> state.Run:
     """Returns the run as a checkpoint takes it."""
     r = self.run
-    identity = state.Identity({}, "", r.plan.rows)
+    identity = state.Identity({}, "", r.plan.rows, {})
     none = (None, None)
     return state.Run(r.spec, r.mesh, r.state, *none, identity, *none, r.store)
 
@@ -109,7 +110,7 @@ class Trainer:
     """Saves, and trains so many steps; waits where it takes longer."""
     before, most, during = rss(), 0, []
     sums = jax.device_get(self._sums(self.run.state.tables))
-    about, now = About(self.as_state().identity, {}, 0, sums), self.as_state()
+    about, now = About(self.as_state().identity, At(), sums), self.as_state()
     begin = time.perf_counter()
     checkpoint.save(to, at, now, about, every)
     blocked, took = time.perf_counter() - begin, 0.0
@@ -184,8 +185,7 @@ def measure(args: argparse.Namespace, directory: pathlib.Path) -> dict:
       trainer.as_state(),
       About(
         trainer.as_state().identity,
-        {},
-        0,
+        At(),
         jax.device_get(trainer._sums(run.state.tables)),
       ),
       args.full_every,

@@ -166,7 +166,7 @@ def measure(config, prepared, plan: Plan, steps: int) -> list[str]:
     if i == _WARM_UP:
       jax.block_until_ready(state)
       before = counted()
-    state, out = run.step(state, next(fed)[0])
+    state, out = run.step(state, next(fed))
     rounds = max(rounds, int(out["rounds"]))
   jax.block_until_ready(state)
   size, packets = (

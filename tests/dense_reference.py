@@ -281,7 +281,7 @@ def build(
     first_state(spec, mesh, init_params(case), 0.5, ranks),
     step.train,
     step.forward,
-    Identity({}, "", 0),
+    Identity({}, "", 0, {}),
     step.prepare,
     step.place,
     store,

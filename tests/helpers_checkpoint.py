@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from recjax.data.shuffle import Done
 from recjax.embedding import host_store, optimizers, tables
 from recjax.embedding.embedding import make_embedding
 from recjax.frequency import Profile
@@ -19,7 +20,7 @@ from recjax.plan.plan import Plan
 from recjax.schema import Feature
 from recjax.training import checkpoint, checksums, visiting
 from recjax.training.checkpoint import About
-from recjax.training.state import Identity, Run, StepSpec, TrainState
+from recjax.training.state import At, Identity, Run, StepSpec, TrainState
 
 ROWS, DIM, BATCH, DENSE = 50_003, 8, 16, 3
 SAVED, OLDER = 5, 2  # steps
@@ -119,6 +120,7 @@ IDENTITY = Identity(
   {"model.name": "dlrm", "embedding.dim": DIM, "model.top": [4]},
   "0123456789abcdef" * 4,
   ROWS,
+  {"seed": 11, "train.learning_rate": 0.02},
 )
 
 
@@ -231,7 +233,7 @@ def sums_of(run: Run):
 
 
 def save(to, step, run: Run, full_every=1):
-  about = About(IDENTITY, {"next": step}, 11, sums_of(run))
+  about = About(IDENTITY, At(step, Done(1, step)), sums_of(run))
   checkpoint.save(to, step, run, about, full_every)
 
 

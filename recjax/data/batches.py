@@ -1,12 +1,13 @@
 """Prepared blocks -> batches of numpy arrays, at a position that resumes.
 
-Grain drives a random-access source whose item i *is* batch i of the run, so
-the position is one number: restoring it costs nothing. The global batches are
-a function of (seed, epoch) alone (shuffle.py), so that a run does not depend on
-the number of processes and another number can go on with it. A global batch is
-in the order of its blocks, and each process takes one piece of it: it reads
-only the blocks that are its own in the window (and those at its edges, where
-the processes do not divide a window).
+Grain drives a random-access source whose item i *is* batch i after a position,
+which counts samples: restoring it costs nothing, and a run may go on with
+batches of another size. An epoch's order is a function of (seed, epoch) alone
+(shuffle.py), so that a run does not depend on the number of processes and
+another number can go on with it. A global batch is in the order of its blocks,
+and each process takes one piece of it: it reads only the blocks that are its
+own in the window (and those at its edges, where the processes do not divide a
+window).
 """
 
 import collections
@@ -19,6 +20,7 @@ import numpy as np
 
 from recjax.data import shuffle
 from recjax.data.prepared import Prepared
+from recjax.data.shuffle import Done
 from recjax.errors import UserError
 
 _FOREVER = 1 << 40  # batches of a run without end
@@ -60,6 +62,7 @@ def dataset(
   *,
   seed: int = 0,
   epochs: int | None = 1,
+  done: Done = Done(),
   shuffle_blocks: int = 16,
   process_index: int = 0,
   process_count: int = 1,
@@ -68,7 +71,7 @@ def dataset(
   positions_of: Positions | None = None,
   then: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
 ) -> grain.DatasetIterator:
-  """Gives an iterator of batches; its get_state() is small and fits JSON.
+  """Gives an iterator of batches.
 
   A batch is a dict: label [b] float32, dense [b, D] float32, ids [b, S] int32
   ranks (-1 = empty), weights [b, S] float32 where the schema is weighted, mask
@@ -82,7 +85,8 @@ def dataset(
     split: 'train' or 'test'.
     batch_size: local, b.
     seed: of the shuffle.
-    epochs: of the data; None = without end.
+    epochs: of the data, from the first; None = without end.
+    done: of the training data, which is left out.
     shuffle_blocks: blocks of a window, that every batch draws from.
     process_index: of this process.
     process_count: P.
@@ -101,6 +105,7 @@ def dataset(
     batch_size,
     seed=seed if split == "train" else None,
     epochs=epochs,
+    done=done,
     shuffle_blocks=shuffle_blocks,
     process=(process_index, process_count),
     positions_of=positions_of,
@@ -125,6 +130,7 @@ class Batches:
     *,
     seed: int | None,
     epochs: int | None,
+    done: Done,
     shuffle_blocks: int,
     process: tuple[int, int],
     positions_of: Positions | None,
@@ -137,7 +143,12 @@ class Batches:
     self.order = shuffle.Order(self.blocks.sizes, shuffle_blocks, seed)
     self.batch_size, self.process = batch_size, process
     self.steps = steps_per_epoch(prepared, split, batch_size, process[1])
-    self.length = _FOREVER if epochs is None else self.steps * epochs
+    self.done, self.samples = done, prepared.samples[split]
+    self.length = self.steps
+    if seed is not None:
+      self.length = _FOREVER
+      if epochs is not None:
+        self.length = done.until(epochs, self.samples, batch_size * process[1])
     self.positions_of = positions_of
     self.lock = threading.Lock()
     # (epoch, block) -> its samples, shuffled.
@@ -151,14 +162,13 @@ class Batches:
     return f"Batches(seed={self.order.seed}, batch_size={self.batch_size})"
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    epoch, step = divmod(int(index), self.steps)
-    b, (process, count) = self.batch_size, self.process
+    epoch, b, (process, count) = 0, self.batch_size, self.process
     if self.order.seed is None:  # this process's part of the split, in order
-      first = (process * self.steps + step) * b
+      first = (process * self.steps + int(index)) * b
       pieces = self.order.pieces(0, first, first + b)
     else:
-      first = step * b * count
-      pieces = self.order.pieces(epoch, first, first + b * count)
+      epoch, end = self.done.after(int(index) + 1, self.samples, b * count)
+      pieces = self.order.pieces(epoch, end - b * count, end)
       pieces = shuffle.part(pieces, process * b, (process + 1) * b)
     batch = self._read(epoch, pieces)
     if self.positions_of is not None:

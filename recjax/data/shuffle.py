@@ -14,6 +14,34 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Done(NamedTuple):
+  """What a run has done of its training data.
+
+  samples below is those of the training split, batch_size the global one, B.
+  """
+
+  epoch: int = 0  # epochs before this one
+  samples: int = 0  # of this one, on all processes
+
+  def until(self, epochs: int, samples: int, batch_size: int) -> int:
+    """Counts the batches that are left of so many epochs."""
+    whole = max(0, epochs - self.epoch - 1) * (samples // batch_size)
+    mine = epochs > self.epoch
+    return mine * max(0, samples - self.samples) // batch_size + whole
+
+  def after(self, batches: int, samples: int, batch_size: int) -> "Done":
+    """Returns what is done so many batches later.
+
+    What does not fill a batch at the end of an epoch is left out.
+    """
+    left = self.until(self.epoch + 1, samples, batch_size)
+    if batches <= left:
+      return Done(self.epoch, self.samples + batches * batch_size)
+    per_epoch = samples // batch_size
+    epochs, rest = divmod(batches - left - 1, per_epoch)
+    return Done(self.epoch + 1 + epochs, (rest + 1) * batch_size)
+
+
 class Piece(NamedTuple):
   """Consecutive samples of a block, counted after its shuffle."""
 

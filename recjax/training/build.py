@@ -17,9 +17,9 @@ from recjax.models import build as models
 from recjax.plan import positions
 from recjax.plan.plan import FROZEN, Plan
 from recjax.schema import Feature, TableGroup, groups_of
-from recjax.training import visiting
+from recjax.training import same_run, visiting
 from recjax.training.dense_optimizer import dense_optimizer
-from recjax.training.inputs import run_length
+from recjax.training.inputs import last_step
 from recjax.training.state import (
   Identity,
   Run,
@@ -82,7 +82,7 @@ def build(
     e.dim,
     config.seed,
   )
-  steps = 0 if serving else run_length(config, prepared)[0]
+  steps = 0 if serving else last_step(config, prepared)
   spec = StepSpec(
     apply,
     configured_embedding(config, plan, schema.features, groups, serving),
@@ -207,11 +207,9 @@ def identity_of(
     "features": [f.name for f in prepared.schema.features],
     **tables,
   }
-  return Identity(_as_json(of), prepared.vocabulary, prepared.profile.rows)
-
-
-def _as_json(x):
-  """Returns what JSON gives back: lists for tuples."""
-  if isinstance(x, dict):
-    return {k: _as_json(v) for k, v in x.items()}
-  return [_as_json(v) for v in x] if isinstance(x, (list, tuple)) else x
+  return Identity(
+    same_run.as_json(of),
+    prepared.vocabulary,
+    prepared.profile.rows,
+    same_run.settings_of(config, prepared),
+  )

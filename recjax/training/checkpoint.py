@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from recjax.data.shuffle import Done
 from recjax.embedding.host_store import FullSave
 from recjax.embedding.tables import Tables
 from recjax.errors import UserError
@@ -36,9 +37,9 @@ from recjax.training import (
   restore_rows,
   stored_checkpoint,
 )
-from recjax.training.state import Identity, Run, TrainState
+from recjax.training.state import At, Identity, Run, TrainState
 
-VERSION = 3  # of what is stored; others are not read
+VERSION = 4  # of what is stored; others are not read
 _SAVE_SECONDS = 24 * 3600  # for one save, at most
 _LEAST_CHUNK_BYTES = 1 << 20  # of a stored shard
 
@@ -129,8 +130,7 @@ class About:
   """What is stored beside the arrays."""
 
   identity: Identity
-  position: dict  # where the data iterator stands, JSON
-  seed: int
+  at: At  # where the run stands
   checksums: dict[str, int]  # of `checksums.make_checksums`
 
 
@@ -178,8 +178,7 @@ def save(
     "version": VERSION,
     "plan": plan.to_json(),
     "identity": dataclasses.asdict(about.identity),
-    "position": about.position,
-    "seed": about.seed,
+    "at": {"done": about.at.done._asdict(), "began": about.at.began},
     "checksums": {k: int(v) for k, v in sums.items()},
     "stored": {"processes": 0, "full": step, "since": 0},
   }
@@ -243,6 +242,7 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
       if version == VERSION:
         Plan.from_json(meta["plan"])
         Identity(**meta["identity"])
+        at_of(step, meta)
         meta["checksums"]["dense"]
         if digest != _digest(meta):
           raise ValueError("its meta data is not what was written")
@@ -255,6 +255,12 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
       "--workdir"
     )
   return meta
+
+
+def at_of(step: int, meta: dict) -> At:
+  """Returns where the run of a step's `meta` stands."""
+  at = meta["at"]
+  return At(step, Done(**at["done"]), at["began"])
 
 
 def _damaged(directory, step, what) -> UserError:

@@ -10,8 +10,9 @@ import jax
 from recjax.config import Config
 from recjax.data import batches as batches_lib
 from recjax.data.prepared import Prepared
+from recjax.data.shuffle import Done
 from recjax.plan import positions
-from recjax.training.state import Run
+from recjax.training.state import At, Run
 
 
 def local_batch(config: Config) -> int:
@@ -19,17 +20,25 @@ def local_batch(config: Config) -> int:
   return config.train.batch_size // jax.process_count()
 
 
-def run_length(config: Config, prepared: Prepared) -> tuple[int, int]:
-  """Returns (steps, epochs begun) of a whole run.
+def last_step(config: Config, prepared: Prepared, at: At = At()) -> int:
+  """Returns the step with which a run ends.
 
   Raises:
     UserError: the training split is smaller than a batch.
   """
-  per_epoch = batches_lib.steps_per_epoch(
+  batches_lib.steps_per_epoch(
     prepared, "train", local_batch(config), jax.process_count()
   )
-  steps = config.train.steps or per_epoch * config.train.epochs
-  return steps, -(-steps // per_epoch)
+  if config.train.steps:
+    return at.began + config.train.steps
+  sizes = prepared.samples["train"], config.train.batch_size
+  return at.step + at.done.until(config.train.epochs, *sizes)
+
+
+def later(at: At, steps: int, config: Config, prepared: Prepared) -> At:
+  """Returns where a run stands so many steps later."""
+  sizes = prepared.samples["train"], config.train.batch_size
+  return At(at.step + steps, at.done.after(steps, *sizes), at.began)
 
 
 def batches(
@@ -61,7 +70,7 @@ def batches(
 
 
 def training_batches(
-  config: Config, prepared: Prepared, run: Run, first: int = 0
+  config: Config, prepared: Prepared, run: Run, done: Done = Done()
 ) -> grain.DatasetIterator:
   """Iterates over this process's parts of a run's training batches.
 
@@ -69,35 +78,33 @@ def training_batches(
     config: whose run it is.
     prepared: the data set.
     run: whose plan says where the rows lie.
-    first: batches that are left out.
+    done: of the data, which is left out.
   """
-  data = batches(
+  return batches(
     run,
     prepared,
     "train",
     local_batch(config),
     seed=config.seed,
-    epochs=run_length(config, prepared)[1],
+    epochs=None,
+    done=done,
     shuffle_blocks=config.data.shuffle_blocks,
   )
-  if first:
-    data.set_state({"next_index": first})
-  return data
 
 
 def fed(
   data: grain.DatasetIterator, run: Run, steps: int
-) -> Iterator[tuple[dict[str, Any], dict]]:
+) -> Iterator[dict[str, Any]]:
   """Iterates over the next `steps` batches on the run's mesh, one ahead.
 
   Yields:
-    (a batch as `run.step` takes it, the state of `data` after it).
+    A batch as `run.step` takes it.
   """
 
   def one():
     batch = next(data)
     batch.pop("mask")
-    return run.place(batch), data.get_state()
+    return run.place(batch)
 
   yield from one_ahead(one() for _ in range(steps))
 

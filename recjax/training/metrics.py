@@ -96,7 +96,7 @@ class Metrics:
     """Computes the metrics of all samples so far.
 
     Returns:
-      loss, log_loss: the mean of -log p(label), in nats.
+      log_loss: the mean of -log p(label), in nats.
       auc: the probability that the logit of a positive sample is above that
         of a negative one; nan if only one class was seen.
       auc_error: the exact AUC is between `auc - auc_error` and
@@ -126,7 +126,6 @@ class Metrics:
       if count
     )
     return {
-      "loss": log_loss,
       "auc": _ratio(in_order, 2 * pairs),
       "auc_error": _ratio(tied, 2 * pairs),
       "log_loss": log_loss,
@@ -154,7 +153,8 @@ class MetricsWriter:
 
   Each line of `metrics.jsonl` is one JSON object: `step`, `split`, then the
   values, with null for a value that is not finite. A line is flushed as soon
-  as it is written. Only one process of a job may have a writer.
+  as it is written; one of a step and split that is there already stays as it
+  is. Only one process of a job may have a writer.
 
   Args:
     workdir: an existing folder.
@@ -164,9 +164,14 @@ class MetricsWriter:
 
   def __init__(self, workdir: str | os.PathLike, step: int = 0):
     path = Path(workdir) / "metrics.jsonl"
+    kept = {}  # (step, split) -> line
     if path.exists():
-      kept = [s for s in path.read_bytes().splitlines(True) if _keep(s, step)]
-      files.write(path, b"".join(kept))
+      for line in path.read_bytes().splitlines(True):
+        key = _key(line)
+        if key and key[0] <= step:
+          kept[key] = line
+      files.write(path, b"".join(kept.values()))
+    self._there = set(kept)
     self._file = path.open("a", encoding="utf-8")
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=step + 1 if step else None, flush_secs=30
@@ -174,6 +179,8 @@ class MetricsWriter:
 
   def write(self, step: int, split: str, values: dict[str, float]) -> None:
     """Writes the values of a step; `split` is 'train' or 'test'."""
+    if (step, split) in self._there:
+      return
     values = {k: _number(v) for k, v in values.items()}
     line = {"step": int(step), "split": split, **values}
     self._file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -214,11 +221,13 @@ def _ratio(a, b):
   return a / b if b else math.nan
 
 
-def _keep(line, step):
+def _key(line: bytes) -> tuple[int, str] | None:
+  """Returns (step, split) of a line; None where it is not a whole one."""
   try:
-    return line.endswith(b"\n") and json.loads(line)["step"] <= step
-  except (ValueError, KeyError, TypeError):
-    return False
+    found = json.loads(line) if line.endswith(b"\n") else {}
+    return int(found["step"]), str(found["split"])
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return None
 
 
 def _number(value):

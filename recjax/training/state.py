@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
+from recjax.data.shuffle import Done
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding
 from recjax.embedding.host_store import HostStore
@@ -25,6 +26,14 @@ class TrainState(NamedTuple):
   tables: Tables
 
 
+class At(NamedTuple):
+  """Where a run stands."""
+
+  step: int = 0
+  done: Done = Done()  # of the training data
+  began: int = 0  # the step at which it did: not 0 after train.start_from
+
+
 class StepSpec(NamedTuple):
   """All that is static in a compiled step."""
 
@@ -37,11 +46,15 @@ class StepSpec(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-  """What a checkpoint must share with the run that restores it."""
+  """What a checkpoint must share with the run that restores it.
+
+  A run that only evaluates may have other settings.
+  """
 
   model: dict  # JSON: everything that shapes the parameters and the rows
   vocabulary: str  # fingerprint
   rows: int  # of all tables
+  settings: dict  # JSON: all settings of the run; see same_run.py
 
 
 class Run(NamedTuple):

@@ -112,6 +112,7 @@ class StepLog:
     }
     mean["rounds"] = max(w["rounds"] for w in self._window)
     mean["samples_per_second"] = rate * self._batch_size
+    mean["steps"] = len(self._window)  # fewer after a restart
     self._put(step, "train", mean)
     self._report(
       f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "

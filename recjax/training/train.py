@@ -4,13 +4,15 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import optax
 
 from recjax.config import Config
 from recjax.data.prepared import Prepared, copy_vocabulary
-from recjax.training import checkpoint, checksums, inputs, step_log
+from recjax.errors import UserError
+from recjax.training import checkpoint, checksums, inputs, same_run, step_log
 from recjax.training.checkpoint import About
 from recjax.training.evaluate import evaluate
-from recjax.training.state import Run
+from recjax.training.state import At, Run
 
 Report = Callable[[str], None]
 
@@ -37,23 +39,25 @@ def train(
   Raises:
     UserError: a checkpoint of something else; the loss is not finite.
   """
-  # ---- Data, newest checkpoint
-  steps, _ = inputs.run_length(config, prepared)
-  data = inputs.training_batches(config, prepared, run)
+  # ---- Newest checkpoint, data
+  run, at = _resume(config, prepared, run, workdir, report)
+  steps = inputs.last_step(config, prepared, at)
+  _check_end(at.step, steps, workdir)
+  data = inputs.training_batches(config, prepared, run, at.done)
   directory = workdir / "checkpoints"
-  run, first = _resume(run, prepared, directory, data, report)
 
   # ---- Loop
   plan, state = run.spec.embedding.plan, run.state
   sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
-    step_log.writer(workdir, first) as write,
+    step_log.writer(workdir, at.step) as write,
   ):
 
-    def save(step, position):
+    def save(step):
       sums = jax.device_get(sums_of(state.tables))
-      about = About(run.identity, position, config.seed, sums)
+      here = inputs.later(at, step - at.step, config, prepared)
+      about = About(run.identity, here, sums)
       now, every = run._replace(state=state), config.checkpoint.full_every
       checkpoint.save(saver, step, now, about, every)
 
@@ -61,45 +65,96 @@ def train(
     log = step_log.StepLog(
       config.train,
       steps,
-      first,
+      at.step,
       expected,
       write=write,
       report=report,
       saver=saver,
       directory=directory,
     )
-    feed = inputs.fed(data, run, steps - first)
-    for step, (batch, position) in enumerate(feed, first + 1):
+    feed = inputs.fed(data, run, steps - at.step)
+    for step, batch in enumerate(feed, at.step + 1):
       state, out = run.step(state, batch)
       log.add(step, out)
       every = config.checkpoint.every_steps
       if step == steps or (every and step % every == 0):
         log.flush()  # a state whose loss is not finite is never saved
-        save(step, position)
+        save(step)
     saver.wait_until_finished()
 
     # ---- Evaluate
     run = run._replace(state=state)
+    if at.step == steps:
+      described = same_run.described(run.identity.settings)
+      report(f"finished before, at step {steps:,} of {steps:,}: {described}")
     test = inputs.scored_batches(run, prepared)
     result = evaluate(run, test, prepared.samples["test"], report)
-    write(max(steps, first), "test", result)
+    write(steps, "test", result)
   return run, result
 
 
-def _resume(run: Run, prepared: Prepared, directory, data, report):
+def _check_end(step: int, steps: int, workdir: pathlib.Path) -> None:
+  """Raises UserError where a run has done more than it is asked for."""
+  if step > steps:
+    raise UserError(
+      f"train.steps, train.epochs: {workdir} holds a run that has done "
+      f"{step:,} steps, and this config ends at {steps:,}: ask for as many at "
+      "least, evaluate what there is with --mode=evaluate, or use another "
+      "--workdir"
+    )
+
+
+def _resume(
+  config: Config,
+  prepared: Prepared,
+  run: Run,
+  workdir: pathlib.Path,
+  report: Report,
+) -> tuple[Run, At]:
   """Goes on from the newest checkpoint, where there is one.
 
   Returns:
-    (run, the step that it has done), with `data` at the next batch.
+    The run, and where it stands.
   """
+  directory, at = workdir / "checkpoints", At()
   directory.mkdir(parents=True, exist_ok=True)  # on all, or none looks
-  first = checkpoint.newest(directory) or 0
-  if first:
-    run, meta = restore(run, prepared, directory, first, report)
-    data.set_state(meta["position"])
+  step = checkpoint.newest(directory)
+  if step is not None:
+    meta = checkpoint.read_meta(directory, step)
+    was = meta["identity"]["settings"]
+    same_run.check(workdir, step, was, run.identity.settings)
+    run, meta = restore(run, prepared, directory, step, report)
+    at = checkpoint.at_of(step, meta)
+  elif config.train.start_from:
+    run, at = _begin_from(config.train.start_from, prepared, run, report)
   if jax.process_index() == 0:
     copy_vocabulary(prepared, str(directory))
-  return run, first
+  return run, at
+
+
+def _begin_from(
+  workdir: str, prepared: Prepared, run: Run, report: Report
+) -> tuple[Run, At]:
+  """Begins a run with what another one has trained.
+
+  Its steps are counted on, as optimizers do; schedules and data begin anew.
+  """
+  directory = pathlib.Path(workdir).absolute() / "checkpoints"
+  step = checkpoint.newest(directory)
+  if step is None:
+    raise UserError(f"train.start_from: {directory} holds no checkpoint")
+  run, _ = restore(run, prepared, directory, step, report)
+  if run.store:
+    run.store.full = None  # the other run's saves are not this one's
+  scheduled = optax.ScaleByScheduleState
+  anew = lambda x: jax.tree.map(lambda n: n * 0, x)
+  opt_state = jax.tree.map(
+    lambda x: anew(x) if isinstance(x, scheduled) else x,
+    run.state.opt_state,
+    is_leaf=lambda x: isinstance(x, scheduled),
+  )
+  state = run.state._replace(opt_state=opt_state)
+  return run._replace(state=state), At(step, began=step)
 
 
 def restore(

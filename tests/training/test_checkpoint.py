@@ -27,10 +27,11 @@ from helpers_checkpoint import (
   train,
 )
 
+from recjax.data.shuffle import Done
 from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.training import checkpoint, checkpoint_reader, restore_rows
-from recjax.training.state import state_shardings
+from recjax.training.state import At, state_shardings
 
 # ---- Round trips
 
@@ -107,7 +108,7 @@ def test_meta_reads_back(name, request):
   directory, _ = request.getfixturevalue(saved)
   meta = checkpoint.read_meta(directory, SAVED)
   assert Plan.from_json(meta["plan"]) == make_plan(name)
-  assert (meta["position"], meta["seed"]) == ({"next": SAVED}, 11)
+  assert checkpoint.at_of(SAVED, meta) == At(SAVED, Done(1, SAVED))
   checkpoint.check_identity(directory, SAVED, meta, IDENTITY)
 
 
@@ -231,12 +232,12 @@ from recjax.mesh import make_mesh, replicated
 from recjax.schema import Feature
 from recjax.training import checkpoint, checksums, restore_rows
 from recjax.training import stored_checkpoint, visiting
-from recjax.training.state import Identity, Run, StepSpec, TrainState
+from recjax.training.state import At, Identity, Run, StepSpec, TrainState
 
 rows, dim = 1_000_000, 32
 restore_rows.BLOCK_BYTES = stored_checkpoint.BLOCK_BYTES = 2 << 20
 directory = pathlib.Path(sys.argv[2])
-identity = Identity({}, "", rows)
+identity = Identity({}, "", rows, {})
 
 def run_of(devices, hot, warm_end):
   plan = helpers.make_plan(
@@ -264,7 +265,7 @@ if sys.argv[1] != "restore":
   run = run_of(2, 0, 500_000 if sys.argv[1] == "save" else 0)
   sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
   sums = jax.device_get(sums_of(run.state.tables))
-  about = checkpoint.About(identity, {}, 0, sums)
+  about = checkpoint.About(identity, At(), sums)
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # the most, from now on
   before = most()
   with checkpoint.manager(directory) as to:

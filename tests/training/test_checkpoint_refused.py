@@ -217,7 +217,7 @@ def test_a_checkpoint_of_another_version_is_not_read(copied):
   path = copied / str(SAVED) / "meta" / "metadata"
   whole = json.loads(path.read_text())
   older = {k: v for k, v in whole.items() if k not in ("version", "digest")}
-  for version, meta in ((1, older), (4, whole | {"version": 4})):
+  for version, meta in ((1, older), (5, whole | {"version": 5})):
     path.write_text(json.dumps(meta))
     for read in (checkpoint.read_meta, restore):
       args = (
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_version_is_not_read(copied):
       message = error_of(read, *args)
       assert message == (
         f"checkpoint {SAVED} in {copied} has version {version}, this recjax "
-        "reads version 3: use the recjax that wrote it, or another --workdir"
+        "reads version 4: use the recjax that wrote it, or another --workdir"
       )
 
 

@@ -4,11 +4,13 @@ import importlib.util
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from helpers import lines, quiet
@@ -17,6 +19,7 @@ from recjax import config as config_lib
 from recjax import jobs
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
+from recjax.training import build, train
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +62,7 @@ def test_a_run_leaves_what_it_should(trained):
   steps = 18_000 // 256
   last = lines(workdir, "test")[-1]
   assert last["step"] == steps
-  for name in ("loss", "auc", "log_loss", "normalized_entropy", "calibration"):
+  for name in ("auc", "log_loss", "normalized_entropy", "calibration"):
     assert last[name] == result[name]
     assert np.isfinite(result[name])
   assert result["auc"] > 0.65
@@ -112,9 +115,23 @@ def test_tables_may_be_table_wise_and_then_no_longer(tmp_path):
 
 def test_run_again_it_only_evaluates(trained):
   config, workdir, result, _ = trained
-  before = lines(workdir, "train")
-  assert jobs.train(config, workdir, quiet) == result
-  assert lines(workdir, "train") == before
+  before = (workdir / "metrics.jsonl").read_text()
+  printed = []
+  assert jobs.train(config, workdir, printed.append) == result
+  (said,) = [x for x in printed if x.startswith("finished before")]
+  assert said.startswith("finished before, at step 70 of 70: data.format='syn")
+  assert "train.batch_size=256" in said
+  assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_killed_before_its_test_line_it_writes_it(trained, tmp_path):
+  config, workdir, result, _ = trained
+  for name in ("data", "checkpoints"):
+    shutil.copytree(workdir / name, tmp_path / name)
+  whole = (workdir / "metrics.jsonl").read_text().splitlines(True)
+  (tmp_path / "metrics.jsonl").write_text("".join(whole[:-1]))
+  assert jobs.train(config, tmp_path, quiet) == result
+  assert (tmp_path / "metrics.jsonl").read_text() == "".join(whole)
 
 
 def test_evaluates_on_one_device_with_every_row_cold(trained):
@@ -221,23 +238,32 @@ def test_killed_ten_times_it_ends_with_the_same_metrics(tmp_path):
 # ---- Bad input, at the level of the job
 
 
+def assembled(config, workdir):
+  """(prepared data, run) of a job."""
+  prepared = jobs.prepare(config, workdir, quiet)
+  plan, _ = jobs.plan(config, prepared, workdir, quiet)
+  return prepared, build.build(config, prepared, plan)
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
   config = small_config(tmp_path)
-  config.train.steps = 20
-  jobs.train(config, tmp_path, quiet)
-  config.train.steps = 60
-  config.train.optimizer = "adagrad"
-  config.embedding.learning_rate = 1e30
-  config.train.learning_rate = 1e30
+  config.train.steps = 30
+  prepared, run = assembled(config, tmp_path)
+
+  def step(state, batch):
+    if int(state.step) == 24:
+      params = jax.tree.map(lambda x: x * 1e30, state.params)
+      state = state._replace(params=params)
+    return run.step(state, batch)
+
   with pytest.raises(
     UserError, match=r"the loss is .* at step 2\d; checkp.* 20"
   ):
-    jobs.train(config, tmp_path, quiet)
+    train.train(config, prepared, run._replace(step=step), tmp_path, quiet)
   kept = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
   assert kept == ["20"]
-  config = small_config(tmp_path)
-  config.train.steps = 30  # goes on from there
-  assert np.isfinite(jobs.train(config, tmp_path, quiet)["loss"])
+  # Goes on from there.
+  assert np.isfinite(jobs.train(config, tmp_path, quiet)["log_loss"])
 
 
 def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
@@ -262,8 +288,8 @@ def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
     plan__warm_rows=0,
     embedding__dim=256,
   )
-  check(r"another model: model\.top", model__top=(16,))
-  check(r"another model: embedding\.dim is 4 there and 8", embedding__dim=8)
+  check(r"other settings, .* model\.top is \[8\] there", model__top=(16,))
+  check(r"embedding\.dim is 4 there and 8 in this", embedding__dim=8)
   check(r"data\.min_count", data__min_count=3)
 
 
