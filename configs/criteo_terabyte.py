@@ -1,8 +1,8 @@
 """MLPerf's DLRM-DCNv2 on the Criteo 1TB click logs (day_0 ... day_23).
 
   python main.py --config configs/criteo_terabyte.py \
-    --config.data.train='/data/criteo_1tb/day_*[0-9]' \
-    --config.data.test=/data/criteo_1tb/day_23
+    --config.data.train='/1tb/day_?,/1tb/day_1?,/1tb/day_2[0-2]' \
+    --config.data.test=/1tb/day_23
 
 dim 128, bottom 512-256-128, three cross layers of rank 512, top
 1024-1024-512-256-1, batch 65,536. All 882,774,559 rows with Adagrad's slots

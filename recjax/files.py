@@ -6,11 +6,38 @@ is renamed: readers see what was there before, or all of what is new. The
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 Path = str | os.PathLike[str]
+
+
+def read_json(path: Path) -> Any:
+  """Returns what a JSON file holds, which anybody may have written.
+
+  Raises:
+    OSError: there is none, or it is not to be read.
+    ValueError: it is no file, no JSON, or nested too deep.
+  """
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise ValueError(f"{path} is not a file")
+  with open(path, "rb") as f:
+    return parse_json(f.read())
+
+
+def parse_json(text: str | bytes) -> Any:
+  """Returns what JSON text says.
+
+  Raises:
+    ValueError: it is no JSON, or nested too deep.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError as e:
+    raise ValueError("nested too deep") from e
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -81,3 +81,16 @@ def test_a_finished_folder_moves(tmp_path):
   files.move_folder(tmp_path / "new", tmp_path / "place")
   assert (tmp_path / "place" / "a").read_text() == "text"
   assert os.listdir(tmp_path) == ["place"]
+
+
+def test_json_that_anybody_may_have_written(tmp_path):
+  path = tmp_path / "a.json"
+  for text in (b"{", b"\xff", b"[" * 100_000, b'{"a":' * 100_000):
+    path.write_bytes(text)
+    with pytest.raises(ValueError):
+      files.read_json(path)
+  path.write_bytes(b'{"a": [1]}')
+  assert files.read_json(path) == {"a": [1]}
+  os.mkfifo(tmp_path / "fifo")
+  with pytest.raises(ValueError, match="is not a file"):
+    files.read_json(tmp_path / "fifo")

@@ -2,15 +2,18 @@
 
 An example holds thousands of samples as a few arrays in raw bytes, so that
 reading one is a copy. `tfds.builder_from_directory` reads it anywhere; neither
-writing nor reading needs TensorFlow.
+writing nor reading needs TensorFlow. Here what the arrays are comes from the
+schema: tensorflow-datasets would import the module that features.json names.
 """
 
 import contextlib
 import os
+import pathlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from recjax.errors import UserError
@@ -66,7 +69,6 @@ def write(
 
 def _info(schema: Schema, directory: str) -> tfds.core.DatasetInfo:
   """What tensorflow-datasets has to know to read the blocks."""
-  arrays = features(schema)
   info = tfds.core.DatasetInfo(
     builder=tfds.core.dataset_info.DatasetIdentity(
       name=_NAME,
@@ -75,16 +77,21 @@ def _info(schema: Schema, directory: str) -> tfds.core.DatasetInfo:
       module_name="recjax.data.blocks",
     ),
     description="Blocks of samples, in time order; ids are ranks, -1 = none.",
-    features=tfds.features.FeaturesDict(
-      {
-        name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
-        for name, (shape, dtype) in arrays.items()
-      }
-    ),
+    features=_encoding(schema),
     disable_shuffling=True,
   )
   info.set_file_format("array_record")
   return info
+
+
+def _encoding(schema: Schema) -> tfds.features.FeaturesDict:
+  """How tensorflow-datasets packs a block."""
+  return tfds.features.FeaturesDict(
+    {
+      name: tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes")
+      for name, (shape, dtype) in features(schema).items()
+    }
+  )
 
 
 class _SplitWriter:
@@ -181,12 +188,19 @@ class Blocks:
   """
 
   def __init__(
-    self, directory: str, split: str, samples: int, block_samples: int
+    self,
+    directory: str,
+    schema: Schema,
+    split: str,
+    *,
+    samples: int,
+    block_samples: int,
   ):
     """Opens the files.
 
     Args:
       directory: that `write` wrote.
+      schema: of the samples.
       split: 'train' or 'test'.
       samples: of the split.
       block_samples: of all blocks but the last.
@@ -194,18 +208,33 @@ class Blocks:
     Raises:
       UserError: the files are missing or damaged; reading blocks raises it too.
     """
-    self.directory = directory
-    with self._reading():
-      builder = tfds.builder_from_directory(directory)
-      self.source = builder.as_data_source(split)
-    n = len(self.source)
+    self.directory, self._encoding = directory, _encoding(schema)
+    n = -(-samples // block_samples)
     self.sizes = np.full(n, block_samples, np.int64)
     self.sizes[-1] = samples - block_samples * (n - 1)
+    with self._reading():
+      begins = f"{_NAME}-{split}.array_record-"
+      names = sorted(x for x in os.listdir(directory) if x.startswith(begins))
+      self.source = ArrayRecordDataSource(
+        [pathlib.Path(directory, name) for name in names]
+      )
+      if len(self.source) != n:
+        raise ValueError(
+          f"{len(self.source)} blocks of {split} where {samples:,} samples are "
+          f"{n}"
+        )
 
   def __getitem__(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
     """Reads the samples of these blocks, one block after the other."""
+    wanted = [int(i) for i in indices]
     with self._reading():
-      blocks = self.source.__getitems__([int(i) for i in indices])
+      blocks = [
+        self._encoding.deserialize_example_np(x)
+        for x in self.source.__getitems__(wanted)
+      ]
+      for i, block in zip(wanted, blocks, strict=True):
+        if any(len(x) != self.sizes[i] for x in block.values()):
+          raise ValueError(f"block {i} has not {self.sizes[i]:,} samples")
       joined = {a: np.concatenate([b[a] for b in blocks]) for a in blocks[0]}
     if "dense" not in joined:
       joined["dense"] = np.empty((len(joined["label"]), 0), np.float32)

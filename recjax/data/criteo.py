@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 
 from recjax.config import Data
 from recjax.data.chunks import Chunk, encode
-from recjax.data.text import Columns, DamagedLines, find, parse, shown
+from recjax.data.log_files import find
+from recjax.data.text import Columns, DamagedLines, parse, shown
 from recjax.errors import UserError
 from recjax.schema import Feature, Schema
 
@@ -63,7 +64,7 @@ def sources(data: Data) -> dict[str, tuple[str, ...]]:
   """Finds the files, in time order, that each config field names.
 
   Raises:
-    UserError: see text.find.
+    UserError: see log_files.find.
   """
   fields = {"data.train": data.train}
   if data.test:

@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from recjax import files
 from recjax.config import Data
-from recjax.data import text
+from recjax.data import log_files, text
 from recjax.data.chunks import Chunk, encode
 from recjax.data.text import DamagedLines
 from recjax.errors import UserError
@@ -67,7 +67,8 @@ def sources(data: Data) -> dict[str, tuple[str, ...]]:
     os.path.join(directory, "users.dat"),
     os.path.join(directory, "movies.dat"),
   )
-  return {"data.train": tuple(text.find(p, "data.train")[0] for p in paths)}
+  found = (log_files.find(path, "data.train") for path in paths)
+  return {"data.train": tuple(path for (path,) in found)}
 
 
 def _download() -> str:

@@ -12,12 +12,12 @@ Four passes, each streaming with bounded memory:
 
 import dataclasses
 import errno
-import hashlib
+import glob
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -25,7 +25,15 @@ import pyarrow as pa
 
 from recjax import config_check, files
 from recjax.config import Config, Data
-from recjax.data import blocks, prepared, staging, synthetic, text, vocabulary
+from recjax.data import (
+  blocks,
+  log_files,
+  prepared,
+  staging,
+  synthetic,
+  text,
+  vocabulary,
+)
 from recjax.data.columns import Columns
 from recjax.data.prepared import Prepared
 from recjax.data.split import Split
@@ -62,9 +70,10 @@ def prepare(
   config_check.check(config)
   directory = directory.rstrip("/")
   reader = columns or staging.FORMATS[config.data.format]
-  settings = _settings(config.data, reader)
-  if prepared.exists(directory):
-    found = prepared.load(directory)
+  found = prepared.load(directory) if prepared.exists(directory) else None
+  known = found.logs if found else {}
+  settings, logs = _settings(config.data, reader, known, report)
+  if found:
     _check_same(found.settings, settings, directory)
     _remove(os.path.join(directory, staging.FOLDER))
     return found
@@ -74,7 +83,8 @@ def prepare(
       " use another --workdir"
     )
   try:
-    _run(config.data, settings, f"{directory}.unfinished", report, reader)
+    made_from = MadeFrom(settings, logs)
+    _run(config.data, made_from, f"{directory}.unfinished", report, reader)
     files.move_folder(f"{directory}.unfinished", directory)
   except (OSError, duckdb.Error, RuntimeError) as e:
     if not _disk_full(e):
@@ -112,12 +122,28 @@ def _remove(path: str) -> None:
 # ---- Settings
 
 
-def _settings(data: Data, reader: Reader) -> dict[str, Any]:
-  """All that the prepared data depends on, by value; logs by a fingerprint.
+class MadeFrom(NamedTuple):
+  """What a data set is prepared from."""
+
+  settings: dict[str, Any]  # all that it depends on; logs by fingerprints
+  logs: dict[str, str]  # see `log_files.fingerprints`
+
+
+def _settings(
+  data: Data, reader: Reader, known: dict[str, str], report: Report
+) -> MadeFrom:
+  """Returns all that the prepared data depends on, by value.
+
+  Args:
+    data: the config.
+    reader: of the logs.
+    known: fingerprints that were taken before.
+    report: takes lines of progress.
 
   Raises:
-    UserError: there are no such logs.
+    UserError: there are no such logs, or one is named twice.
   """
+  logs: dict[str, str] = {}
   names = ["format", "pooling", "min_count", "block_samples"]
   names += ["hotness", "weighted"]
   if not data.test:
@@ -133,19 +159,12 @@ def _settings(data: Data, reader: Reader) -> dict[str, Any]:
     for name, value in dataclasses.asdict(data.synthetic).items():
       settings[f"data.synthetic.{name}"] = value
   else:
-    for field, paths in reader.sources(data).items():
-      settings[field] = [_fingerprint(path) for path in paths]
-  return json.loads(json.dumps(settings))  # as it reads back
-
-
-def _fingerprint(path: str) -> str:
-  """A file's name, size and hash of its first and last MiB: soon computed."""
-  size = os.path.getsize(path)
-  with open(path, "rb") as f:
-    digest = hashlib.sha256(f.read(1 << 20))
-    f.seek(max(0, size - (1 << 20)))
-    digest.update(f.read())
-  return f"{os.path.basename(path)} {size} {digest.hexdigest()[:32]}"
+    sources = reader.sources(data)
+    log_files.check_apart(sources)
+    of_logs, logs = log_files.fingerprints(sources, known, report)
+    settings |= of_logs
+  # As it reads back.
+  return MadeFrom(json.loads(json.dumps(settings)), logs)
 
 
 def _check_same(
@@ -170,7 +189,7 @@ def _check_same(
 
 def _run(
   data: Data,
-  settings: dict[str, Any],
+  made_from: MadeFrom,
   directory: str,
   report: Report,
   reader: Reader,
@@ -181,7 +200,7 @@ def _run(
     UserError: damaged logs, or too few samples.
   """
   schema = reader.schema(data)
-  staged = _stage(data, reader, settings, directory, report)
+  staged = _stage(data, reader, made_from.settings, directory, report)
   chunks = _Chunks(directory, schema, staged, data, report)
   spill = os.path.join(chunks.folder, "spill")
   with vocabulary.open_engine(data.memory_mb, spill) as engine:
@@ -193,7 +212,8 @@ def _run(
     schema,
     samples,
     fingerprint=fingerprint,
-    settings=settings,
+    settings=made_from.settings,
+    logs=made_from.logs,
     teacher=_read_json(os.path.join(directory, "logs", "teacher.json")),
   )
 
@@ -220,7 +240,8 @@ def _stage(
   if data.format == "synthetic" and not isinstance(reader, Columns):
     logs = os.path.join(directory, "logs")
     synthetic.write(data, logs, report)
-    data = dataclasses.replace(data, train=os.path.join(logs, "*.tsv"))
+    written = os.path.join(glob.escape(logs), "*.tsv")
+    data = dataclasses.replace(data, train=written)
   staged = staging.write(data, reader, directory, report)
   content = {"settings": key, "staged": dataclasses.asdict(staged)}
   files.write(done, json.dumps(content))
@@ -325,7 +346,6 @@ def _pack(
 def _read_json(path: str) -> dict[str, Any] | None:
   """Reads a JSON file; None where there is none."""
   try:
-    with open(path, encoding="utf-8") as f:
-      return json.load(f)
+    return files.read_json(path)
   except FileNotFoundError:
     return None

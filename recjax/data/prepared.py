@@ -19,7 +19,7 @@ from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.schema import Feature, Schema
 
-VERSION = 1  # of the prepared data; other versions are not read
+VERSION = 2  # of the prepared data; other versions are not read
 BLOCKS = "blocks"
 _FILE = "prepared.json"
 
@@ -34,6 +34,7 @@ class Prepared:
   samples: dict[str, int]  # of 'train' and 'test'
   vocabulary: str  # fingerprint: sha256 of the vocabulary's content
   settings: dict[str, Any]  # what it was made with
+  logs: dict[str, str]  # those that were read; see `log_files.fingerprints`
   teacher: dict[str, Any] | None = None  # synthetic: auc, log_loss of the test
 
   def blocks(self, split: str) -> Blocks:
@@ -44,9 +45,10 @@ class Prepared:
     """
     return Blocks(
       os.path.join(self.directory, BLOCKS),
+      self.schema,
       split,
-      self.samples[split],
-      self.settings["data.block_samples"],
+      samples=self.samples[split],
+      block_samples=self.settings["data.block_samples"],
     )
 
 
@@ -62,6 +64,7 @@ def save(
   *,
   fingerprint: str,
   settings: dict[str, Any],
+  logs: dict[str, str],
   teacher: dict[str, Any] | None,
 ) -> None:
   """Writes prepared.json, which completes the data set in `directory`.
@@ -75,6 +78,7 @@ def save(
     "samples": samples,
     "vocabulary": fingerprint,
     "settings": settings,
+    "logs": logs,
     "teacher": teacher,
   }
   files.write(os.path.join(directory, _FILE), json.dumps(content, indent=1))
@@ -88,8 +92,7 @@ def load(directory: str) -> Prepared:
   """
   path = os.path.join(directory, _FILE)
   try:
-    with open(path, encoding="utf-8") as f:
-      found = json.load(f)
+    found = files.read_json(path)
     if found["version"] != VERSION:
       raise UserError(
         f"{path} has version {found['version']}, this recjax reads version"
@@ -108,6 +111,7 @@ def load(directory: str) -> Prepared:
       samples,
       found["vocabulary"],
       found["settings"],
+      found["logs"],
       found["teacher"],
     )
   except FileNotFoundError as e:

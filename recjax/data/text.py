@@ -8,21 +8,23 @@ parser that reads the data.
 
 import csv
 import dataclasses
-import glob
 import gzip
 import io
-import os
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
 from recjax.errors import UserError
 
 CHUNK_BYTES = 1 << 25  # of text; a longer line is an error
+LINES = 1 << 18  # parsed together at most
+_PIECE_BYTES = 1 << 20  # unpacked at a time
 
 
 @dataclasses.dataclass
@@ -60,35 +62,6 @@ class DamagedLines:
     return out.getvalue()
 
 
-def find(pattern: str, field: str) -> tuple[str, ...]:
-  """Finds the files of a path or glob, in natural order: day_2, then day_10.
-
-  Args:
-    pattern: the path or glob.
-    field: of the config that gave it, for errors.
-
-  Raises:
-    UserError: there are none, or one is empty or not a file.
-  """
-  if not pattern:
-    raise UserError(f"{field} is empty: give the path or glob of the log")
-  paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
-  if not paths:
-    what = "matches no file" if glob.has_magic(pattern) else "does not exist"
-    raise UserError(f"{field}: {pattern} {what}")
-  for path in paths:
-    if not os.path.isfile(path):
-      raise UserError(f"{field}: {path} is not a file")
-    if not os.path.getsize(path):
-      raise UserError(f"{field}: {path} is empty")
-
-  def natural(path: str) -> tuple[list[int | str], str]:
-    parts = re.split(r"(\d+)", path)
-    return [int(p) if p.isdigit() else p for p in parts], path
-
-  return tuple(sorted(paths, key=natural))
-
-
 def _blocks(path: str) -> Iterator[tuple[int, bytes, int]]:
   """Reads a plain or gzipped file in pieces that end with a line.
 
@@ -98,32 +71,60 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes, int]]:
   Raises:
     UserError: an empty, truncated or damaged file; an endless line.
   """
-  line, rest = 1, b""
+  line, rest, broken = 1, b"", None
+  with open(path, "rb") as raw:
+    zipped = raw.peek(2)[:2] == b"\x1f\x8b"
+    f = gzip.GzipFile(fileobj=raw) if zipped else raw
+    while not broken:
+      data, broken = _filled(f)
+      if not data:
+        break
+      data = rest + data
+      end = data.rfind(b"\n") + 1
+      if not end and len(data) > CHUNK_BYTES:
+        raise UserError(
+          f"{path}, line {line}: longer than {CHUNK_BYTES:,} bytes;"
+          " is this a log in text form?"
+        )
+      rest = data[end:]
+      for block in _few_lines(data[:end]):
+        yield line, block, raw.tell()
+        line += block.count(b"\n")
+    if broken:
+      raise UserError(
+        f"{path}: the .gz is truncated or damaged after line"
+        f" {line - 1:,} ({broken}); fetch it again"
+      ) from broken
+    if rest:
+      yield line, rest + b"\n", raw.tell()
+    elif line == 1:
+      raise UserError(f"{path} is empty")
+
+
+def _filled(f) -> tuple[bytes, Exception | None]:
+  """Reads CHUNK_BYTES of a plain or gzipped file, fewer at its end.
+
+  Returns:
+    (the bytes, what is wrong with the .gz after them).
+  """
+  parts, missing = [], CHUNK_BYTES
   try:
-    with open(path, "rb") as raw:
-      zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-      f = gzip.GzipFile(fileobj=raw) if zipped else raw
-      while data := f.read(CHUNK_BYTES):
-        data = rest + data
-        end = data.rfind(b"\n") + 1
-        if not end and len(data) > CHUNK_BYTES:
-          raise UserError(
-            f"{path}, line {line}: longer than {CHUNK_BYTES:,} bytes;"
-            " is this a log in text form?"
-          )
-        block, rest = data[:end], data[end:]
-        if block:
-          yield line, block, raw.tell()
-          line += block.count(b"\n")
-      if rest:
-        yield line, rest + b"\n", raw.tell()
-      elif line == 1:
-        raise UserError(f"{path} is empty")
+    while missing and (part := f.read1(min(missing, _PIECE_BYTES))):
+      parts.append(part)
+      missing -= len(part)
   except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-    raise UserError(
-      f"{path}: the .gz is truncated or damaged after line"
-      f" {line - 1:,} ({e}); fetch it again"
-    ) from e
+    return b"".join(parts), e
+  return b"".join(parts), None
+
+
+def _few_lines(block: bytes) -> Iterator[bytes]:
+  """Cuts whole lines into blocks of LINES at most: a line may be one byte."""
+  if block.count(b"\n") > LINES:
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
+    cuts = [0, *ends[LINES - 1 : -1 : LINES].tolist(), len(block)]
+    yield from (block[a:b] for a, b in itertools.pairwise(cuts))
+  elif block:
+    yield block
 
 
 # ---- Parsing
@@ -270,7 +271,8 @@ def _explain(
     if columns.kinds[name] == "int" and text:
       if not re.fullmatch(r"[+-]?\d+", text):
         return name, f"{shown(text)} is not an integer"
-      if abs(int(text)) >= 1 << 63 or text[0] == "+":
+      # Python refuses to read thousands of digits.
+      if len(text) > 20 or abs(int(text)) >= 1 << 63 or text[0] == "+":
         return name, f"{shown(text)} is not a 64-bit integer"
   return "", str(error)
 

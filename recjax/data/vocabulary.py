@@ -37,16 +37,22 @@ _BATCH = 1 << 18  # rows
 
 
 def open_engine(memory_mb: int, spill: str) -> duckdb.DuckDBPyConnection:
-  """Opens a database in memory that spills into the directory `spill`."""
+  """Opens a database in memory that spills into the directory `spill`.
+
+  It reads what it is given alone: no file, no URL, no extension.
+  """
   engine = duckdb.connect(
     ":memory:",
     config={
       "memory_limit": f"{memory_mb}MB",
       "temp_directory": spill,
       "preserve_insertion_order": False,
+      "autoload_known_extensions": False,
+      "autoinstall_known_extensions": False,
     },
   )
   engine.execute("SET enable_progress_bar = false")  # as progress.py reports
+  engine.execute("SET enable_external_access = false")
   return engine
 
 
@@ -180,7 +186,7 @@ def ranks(
   Yields:
     [V] int32, for each part.
   """
-  columns = pa.schema(
+  cells = pa.schema(
     [("position", pa.int64()), ("tbl", pa.int16()), ("value", pa.string())]
   )
 
@@ -189,15 +195,20 @@ def ranks(
     for table, values in parts():
       at = np.arange(position, position + len(values))
       position += len(values)
-      yield pa.record_batch([at, table, values], schema=columns)
+      yield pa.record_batch([at, table, values], schema=cells)
 
-  engine.register(
-    "cells", pa.RecordBatchReader.from_batches(columns, batches())
+  engine.register("cells", pa.RecordBatchReader.from_batches(cells, batches()))
+  stored = pq.ParquetFile(path)
+  columns = ["table", "kind", "value", "rank"]
+  rows = pa.RecordBatchReader.from_batches(
+    pa.schema([stored.schema_arrow.field(c) for c in columns]),
+    stored.iter_batches(columns=columns),
   )
+  engine.register("stored", rows)
   engine.execute(
     'CREATE TABLE vocabulary AS SELECT (list_position($names, "table") - 1)'
-    "::SMALLINT AS tbl, kind, value, rank FROM read_parquet($path)",
-    {"names": list(tables), "path": path},
+    "::SMALLINT AS tbl, kind, value, rank FROM stored",
+    {"names": list(tables)},
   )
   special = np.empty((2, len(tables)), np.int32)  # [oov or missing, table]
   for tbl, kind, rank in engine.execute(

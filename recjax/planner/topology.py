@@ -93,7 +93,7 @@ def load(path: str | pathlib.Path) -> Topology:
     UserError: no such file, no JSON, a field is missing, unknown or absurd.
   """
   try:
-    found = json.loads(pathlib.Path(path).read_text())
+    found = files.read_json(path)
   except OSError as e:
     raise UserError(f"plan.topology: {path}: {e.strerror}") from None
   except ValueError as e:

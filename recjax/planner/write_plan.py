@@ -1,7 +1,6 @@
 """Config and prepared data -> a plan, and its page beside other placements."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -287,12 +286,13 @@ def table_wise_tables(
 def measured_seconds(workdir: pathlib.Path, plan: Plan) -> float | None:
   """Seconds of a step: the median that an earlier run here logged."""
   path = workdir / "metrics.jsonl"
-  if not path.exists():
+  if not path.is_file():
     return None
   rates = []
-  for line in path.read_text().splitlines():
+  for line in path.read_bytes().splitlines():
     try:
-      rates.append(json.loads(line)["samples_per_second"])
-    except (ValueError, KeyError):  # cut off, or of the test split
+      rates.append(float(files.parse_json(line)["samples_per_second"]))
+    except (ValueError, KeyError, TypeError):  # cut off, or of the test split
       continue
+  rates = [x for x in rates if 0 < x < np.inf]
   return plan.batch_size / float(np.median(rates)) if rates else None

@@ -1,6 +1,5 @@
 """Reading the arrays of a checkpoint, block by block."""
 
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import tensorstore as ts
 
+from recjax import files
 from recjax.plan.plan import Group, Tier
 
 AT = "at"  # name of the array of changed rows' places in their tier
@@ -57,7 +57,7 @@ class _Part(NamedTuple):
 
 def _part(path: pathlib.Path) -> _Part:
   try:
-    found = json.loads(path.read_text())
+    found = files.read_json(path)
     whole = lambda x: {str(k): int(v) for k, v in x.items()}
     return _Part(whole(found["sums"]), whole(found["rows"]))
   except (ValueError, TypeError, KeyError, AttributeError) as e:

@@ -224,9 +224,9 @@ def _ratio(a, b):
 def _key(line: bytes) -> tuple[int, str] | None:
   """Returns (step, split) of a line; None where it is not a whole one."""
   try:
-    found = json.loads(line) if line.endswith(b"\n") else {}
+    found = files.parse_json(line) if line.endswith(b"\n") else {}
     return int(found["step"]), str(found["split"])
-  except (ValueError, KeyError, TypeError, RecursionError):
+  except (ValueError, KeyError, TypeError):
     return None
 
 

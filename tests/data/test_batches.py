@@ -42,7 +42,7 @@ def prepared(tmp_path_factory):
   assert samples == {"train": TRAIN, "test": TEST}
   profile = Profile(TRAIN, ("a",), np.ones(251, np.int64), np.zeros(251, "i2"))
   settings = {"data.block_samples": BLOCK}
-  return Prepared(directory, schema, profile, samples, "", settings)
+  return Prepared(directory, schema, profile, samples, "", settings, {})
 
 
 def numbers(batch):
@@ -232,4 +232,6 @@ def test_too_few_samples_for_a_batch(prepared, size, count):
 
 def test_damaged_blocks_are_an_error(prepared, tmp_path):
   with pytest.raises(UserError, match=r"is damaged .*prepare again"):
-    blocks.Blocks(str(tmp_path), "train", 1, 1)
+    blocks.Blocks(
+      str(tmp_path), prepared.schema, "train", samples=1, block_samples=1
+    )

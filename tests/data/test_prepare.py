@@ -1,13 +1,17 @@
 """Logs -> prepared data: against a plain Python reference, and its failures."""
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import os
+import re
 
+import duckdb
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tensorflow_datasets as tfds
 from helpers_data import (
   CRITEO,
   arrays,
@@ -230,7 +234,12 @@ def test_skipped_lines_are_reported(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "damage", ["prepared.json", vocabulary.FILE, "blocks/dataset_info.json"]
+  "damage",
+  [
+    "prepared.json",
+    vocabulary.FILE,
+    "blocks/recjax_blocks-train.array_record-00000",
+  ],
 )
 @pytest.mark.parametrize("how", ["gone", "cut"])
 def test_damaged_prepared_data_is_an_error(tmp_path, damage, how):
@@ -242,9 +251,40 @@ def test_damaged_prepared_data_is_an_error(tmp_path, damage, how):
   else:
     path.write_bytes(path.read_bytes()[:40])
   with pytest.raises(UserError, match=str(tmp_path / "p")):
-    prepared.load(p.directory)
-    at = os.path.join(p.directory, prepared.BLOCKS)
-    blocks.Blocks(at, "train", 45, 64)
+    prepared.load(p.directory).blocks("train")
+
+
+def test_counts_are_those_of_the_blocks(tmp_path):
+  log(tmp_path / "log.tsv", 500)
+  p = prepare.prepare(config(tmp_path / "log.tsv"), str(tmp_path / "p"), quiet)
+  fewer = dataclasses.replace(p, samples=p.samples | {"train": 64})
+  with pytest.raises(UserError, match=r"8 blocks of train where 64 samples"):
+    fewer.blocks("train")
+  other = dataclasses.replace(p, samples=p.samples | {"train": 449})
+  with pytest.raises(UserError, match=r"block 7 has not 1 samples"):
+    other.blocks("train")[[0, 7]]
+
+
+def test_prepared_data_names_no_code_that_runs(tmp_path, monkeypatch):
+  """tensorflow-datasets imports the module that features.json names."""
+  log(tmp_path / "log.tsv", 100)
+  p = prepare.prepare(config(tmp_path / "log.tsv"), str(tmp_path / "p"), quiet)
+  want = p.blocks("train")[[0]]
+  (tmp_path / "p" / "evil.py").write_text(
+    f"open({str(tmp_path / 'it_ran')!r}, 'w').close()\n"
+    "class Feature:\n"
+    "  from_json = from_json_content = lambda *_: Feature()\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path / "p")
+  at = tmp_path / "p" / "blocks" / "features.json"
+  named = '"pythonClassName": "evil.Feature"'
+  at.write_text(re.sub(r'"pythonClassName": *"[^"]*"', named, at.read_text()))
+  again = prepared.load(p.directory).blocks("train")[[0]]
+  np.testing.assert_array_equal(again["ids"], want["ids"])
+  assert not (tmp_path / "it_ran").exists()
+  with contextlib.suppress(Exception):  # what it would do
+    tfds.builder_from_directory(at.parent)
+  assert (tmp_path / "it_ran").exists()
 
 
 def test_the_vocabulary_travels(tmp_path):
@@ -281,3 +321,13 @@ def test_real_criteo(tmp_path):
   train = arrays(p, "train")["label"].mean()
   assert test == pytest.approx(0.2221, abs=5e-5)
   assert 0.8 * train + 0.2 * test == pytest.approx(0.2245, abs=5e-5)
+
+
+def test_the_engine_reads_no_file_and_no_url(tmp_path):
+  (tmp_path / "a.csv").write_text("1\n")
+  with vocabulary.open_engine(128, str(tmp_path / "spill")) as engine:
+    for what in (tmp_path / "a.csv", "https://localhost/a.csv"):
+      with pytest.raises(duckdb.Error, match="disabled"):
+        engine.execute("SELECT * FROM read_csv($path)", {"path": str(what)})
+    with pytest.raises(duckdb.Error):
+      engine.execute("LOAD httpfs")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recjax.config import Data, Synthetic
-from recjax.data import criteo, synthetic, text
+from recjax.data import criteo, log_files, synthetic, text
 from recjax.errors import UserError
 
 
@@ -67,7 +67,7 @@ def test_the_teacher_is_reachable_and_not_perfect(tmp_path):
   assert 0.75 < teacher["auc"] < 0.86
   # The labels of the test part are the teacher's: its log loss is that of a
   # calibrated model, well under the base rate's entropy.
-  paths = text.find(str(tmp_path / "logs" / "*.tsv"), "data.train")
+  paths = log_files.find(str(tmp_path / "logs" / "*.tsv"), "data.train")
   c = Data()
   chunks = criteo.chunks(c, criteo.schema(c), paths, text.DamagedLines(0))
   label = np.concatenate([c.label for c in chunks])

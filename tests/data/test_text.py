@@ -1,7 +1,11 @@
-"""Text files -> lines: damaged lines, damaged .gz files, and which files."""
+"""Text files -> lines: damaged lines, damaged .gz files."""
 
+import contextlib
 import gzip
 import os
+import re
+import subprocess
+import sys
 
 import pytest
 from helpers_data import GOOD, field, read
@@ -19,6 +23,7 @@ DAMAGED = {
   "no label": (field(GOOD, 0, b""), r"line 3, field label: '' is not 0 or 1"),
   "text label": (field(GOOD, 0, b"yes"), r"field label: 'yes' is not 0 or 1"),
   "integer": (field(GOOD, 5, b"4.5"), r"line 3, field I5: '4.5' is not an int"),
+  "digits": (field(GOOD, 5, b"9" * 9_999), r"line 3, field I5: .* a 64-bit"),
   "range": (field(GOOD, 5, b"9" * 20), r"line 3, field I5: .* not a 64-bit"),
   "utf8": (field(GOOD, 16, b"\xff\xfe"), r"line 3, field C3: .* is not UTF-8"),
   "cr": (field(GOOD, 16, b"a\rb"), r"line 3, field C3: .* carriage return"),
@@ -88,8 +93,54 @@ def test_a_truncated_gz_is_an_error(tmp_path, keep):
     )
   )
   path.write_bytes(zipped[: int(len(zipped) * keep)])
-  with pytest.raises(UserError, match=r"log\.tsv\.gz: the \.gz is truncated"):
+  with pytest.raises(UserError, match=r"log\.tsv\.gz: the \.gz is trunc") as e:
     read(path, limit=10)
+  with gzip.open(path) as f, contextlib.suppress(EOFError):
+    lines = 0
+    for _ in f:
+      lines += 1
+  found = re.search(r"after line ([\d,]+)", str(e.value))
+  line = int(found[1].replace(",", ""))
+  # To a piece of what is unpacked.
+  assert lines - text_lib._PIECE_BYTES // len(GOOD) <= line <= lines
+  assert keep < 0.5 or line > 0
+
+
+BOMB = """
+import pathlib, re, resource, sys
+from helpers_data import read
+from recjax.errors import UserError
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+  read(pathlib.Path(sys.argv[1]), limit=int(sys.argv[2]))
+except UserError as e:
+  print(e)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("content", ["newlines", "one line", "one field"])
+def test_a_bomb_takes_bounded_memory(tmp_path, content):
+  """256 MB in a .gz of 0.26."""
+  path = tmp_path / "log.tsv.gz"
+  begins = {"newlines": b"", "one line": b"", "one field": b"1\t2\t"}[content]
+  with gzip.open(path, "wb", compresslevel=1) as f:
+    f.write(begins)
+    for _ in range(256):
+      f.write((b"\n" if content == "newlines" else b"x") * (1 << 20))
+  env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+  done = subprocess.run(
+    [sys.executable, "-c", BOMB, path, "50"],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=True,
+    timeout=120,
+  )
+  said, grown = done.stdout.splitlines()
+  assert "line 51: 1 fields" in said or "line 1: longer than" in said
+  assert int(grown) < 600  # MiB
 
 
 def test_a_damaged_gz_is_an_error(tmp_path):
@@ -106,23 +157,3 @@ def test_an_empty_gz_is_an_error(tmp_path):
   path.write_bytes(gzip.compress(b""))
   with pytest.raises(UserError, match=r"log\.tsv\.gz is empty"):
     read(path)
-
-
-def test_files_are_found_in_natural_order(tmp_path):
-  for i in (10, 2, 1):
-    (tmp_path / f"day_{i}").write_bytes(GOOD)
-  found = text_lib.find(str(tmp_path / "day_*"), "data.train")
-  assert [os.path.basename(p) for p in found] == ["day_1", "day_2", "day_10"]
-
-
-def test_files_that_cannot_be_found(tmp_path):
-  (tmp_path / "empty").touch()
-  for pattern, message in (
-    ("", r"data\.test is empty"),
-    (tmp_path / "none", r"data\.test: .*none does not exist"),
-    (tmp_path / "*.gz", r"data\.test: .*\*\.gz matches no file"),
-    (tmp_path / "empty", r"data\.test: .*empty is empty"),
-    (tmp_path, r"data\.test: .* is not a file"),
-  ):
-    with pytest.raises(UserError, match=message):
-      text_lib.find(str(pattern), "data.test")
