@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 
-from recjax import config_check, jobs
+from recjax import config_check, errors, jobs
 from recjax.config import Config
 from recjax.data import prepare as prepare_lib
 from recjax.data import vocabulary
@@ -37,6 +37,7 @@ from recjax.training import evaluate as evaluate_lib
 from recjax.training import train as train_lib
 from recjax.training.build import build
 from recjax.training.state import At, Run
+from recjax.writer_lock import writing
 
 __all__ = [
   "batches",
@@ -97,8 +98,9 @@ def prepare_columns(
   """
   config_check.check(config)
   log = from_columns(columns, label, dense, features)
-  directory = str(pathlib.Path(workdir).absolute() / "data")
-  return prepare_lib.prepare(config, directory, report, log)
+  workdir = pathlib.Path(workdir).absolute()
+  with errors.of_the_system(f"preparing {workdir}"), writing(workdir):
+    return prepare_lib.prepare(config, str(workdir / "data"), report, log)
 
 
 def make_plan(
@@ -152,7 +154,9 @@ def train(
   and the test split's metrics.
   """
   workdir = pathlib.Path(workdir).absolute()
-  return train_lib.train(config, prepared, run, workdir, report)
+  here = jax.process_index() == 0
+  with errors.of_the_system(f"training in {workdir}"), writing(workdir, here):
+    return train_lib.train(config, prepared, run, workdir, report)
 
 
 def evaluate(

@@ -3,9 +3,11 @@
 `python main.py` and the installed command `recjax` both run this.
 """
 
+import os
 import pathlib
 import re
 import sys
+import threading
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -57,7 +59,7 @@ def main(_: list[str]) -> None:
   config = _CONFIG.value
   file = config_flags.get_config_filename(flags.FLAGS["config"])
   workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
-  logging.set_verbosity(logging.ERROR)
+  _leave_errors_to_the_main_thread()
   malloc.keep_freed_memory()
   from recjax import distributed, jobs, mesh  # JAX, after the flags
 
@@ -70,7 +72,9 @@ def main(_: list[str]) -> None:
       mode = jobs.MODES[_MODE.value]
       mode(config, pathlib.Path(workdir).absolute(), report)
   except UserError as e:
-    _fail(e)
+    print(f"error: {e}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)  # what libraries still write at an exit would fail again
 
 
 def own_configs() -> dict[str, pathlib.Path]:
@@ -115,6 +119,15 @@ def _with_own_configs(argv: list[str]) -> list[str]:
     elif found := re.fullmatch(r"(--?config=)(.*)", arg):
       out[i] = found[1] + find_config(found[2])
   return out
+
+
+def _leave_errors_to_the_main_thread() -> None:
+  """Silences threads and callbacks of libraries: whoever waits gets the error.
+
+  Where a save fails, those of Orbax and TensorStore print hundreds of lines.
+  """
+  logging.set_verbosity(logging.FATAL)
+  threading.excepthook = sys.unraisablehook = lambda _: None
 
 
 def _fail(error: object) -> None:

@@ -4,15 +4,17 @@ A job is (config, workdir, report) -> its result. All that it makes is in the
 workdir: data/, plan.json, plan.html, checkpoints/, metrics.jsonl.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Callable, Mapping
 
 import jax
 
-from recjax import distributed, frequency
+from recjax import distributed, errors, frequency, writer_lock
 from recjax import mesh as mesh_lib
 from recjax.config import Config
 from recjax.data import prepare as prepare_lib
+from recjax.data import prepared as prepared_lib
 from recjax.data.prepared import Prepared
 from recjax.embedding import optimizers
 from recjax.errors import UserError
@@ -30,14 +32,25 @@ Report = Callable[[str], None]
 # ---- Steps
 
 
+def _writing(workdir: pathlib.Path):
+  """Locks a workdir for this job; see `writer_lock.writing`."""
+  return writer_lock.writing(workdir, jax.process_index() == 0)
+
+
 def prepare(
   config: Config, workdir: pathlib.Path, report: Report = print
 ) -> Prepared:
   """Turns logs into a prepared data set and its vocabulary, in workdir/data."""
   directory = str(workdir / "data")
-  prepared = distributed.first_alone(
-    lambda: prepare_lib.prepare(config, directory, report)
-  )
+
+  def make() -> Prepared:
+    with contextlib.ExitStack() as held:
+      if not prepared_lib.exists(directory):
+        held.enter_context(_writing(workdir))
+      return prepare_lib.prepare(config, directory, report)
+
+  with errors.of_the_system(f"preparing {directory}"):
+    prepared = distributed.first_alone(make)
   if distributed.from_first(lambda: prepared.vocabulary) != prepared.vocabulary:
     raise UserError(
       f"{directory} holds another vocabulary than on process 0: let all "
@@ -82,28 +95,30 @@ def plan(
   made = []  # on the first process
 
   def make() -> str:
-    made.append(
-      write_plan.run(
-        config,
-        prepared,
-        workdir,
-        report,
-        groups=groups,
-        slot_bytes=slot_bytes,
-        dense=models.cost(
-          config.model, *_model_shape(config, prepared, groups)
-        ),
-        devices=devices,
-        hosts=hosts,
-        kind=local.device_kind,
-        device_limit=limit,
-        serving=serving,
+    with contextlib.nullcontext() if serving else _writing(workdir):
+      made.append(
+        write_plan.run(
+          config,
+          prepared,
+          workdir,
+          report,
+          groups=groups,
+          slot_bytes=slot_bytes,
+          dense=models.cost(
+            config.model, *_model_shape(config, prepared, groups)
+          ),
+          devices=devices,
+          hosts=hosts,
+          kind=local.device_kind,
+          device_limit=limit,
+          serving=serving,
+        )
       )
-    )
     return made[0][0].to_json()
 
   # Machines differ a little in their memory: one plan for all.
-  found = Plan.from_json(distributed.from_first(make))
+  with errors.of_the_system(f"planning in {workdir}"):
+    found = Plan.from_json(distributed.from_first(make))
   return found, made[0][1] if made else lambda: None
 
 
@@ -163,10 +178,11 @@ def train(
     raise UserError(
       "plan.serving: a plan for serving cannot train; use it with --mode=plan"
     )
-  prepared, run, draw = _begin(config, workdir, report)
-  run, result = train_lib.train(config, prepared, run, workdir, report)
-  report(_summary(int(run.state.step), result, prepared))
-  draw()  # with what was measured
+  with errors.of_the_system(f"training in {workdir}"), _writing(workdir):
+    prepared, run, draw = _begin(config, workdir, report)
+    run, result = train_lib.train(config, prepared, run, workdir, report)
+    report(_summary(int(run.state.step), result, prepared))
+    draw()  # with what was measured
   return result
 
 
@@ -175,20 +191,22 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a checkpoint on this mesh, with a plan for serving.
 
-  Reads the rows only, not the slot variables.
+  Reads the rows only, not the slot variables. Of a workdir that it may not
+  write to nothing but the plan's page is missing.
   """
-  prepared, run, _ = _begin(config, workdir, report, serving=True)
-  directory, step = workdir / "checkpoints", config.checkpoint.step
-  if step < 0:
-    step = checkpoint.newest(directory)
-    if step is None:
-      raise UserError(
-        f"--workdir: {directory} holds no checkpoint to evaluate; train first"
-      )
-  run, _ = train_lib.restore(run, prepared, directory, step, report)
-  test = inputs.scored_batches(run, prepared)
-  result = evaluate_run(run, test, prepared.samples["test"], report)
-  report(_summary(step, result, prepared))
+  with errors.of_the_system(f"evaluating {workdir}"):
+    prepared, run, _ = _begin(config, workdir, report, serving=True)
+    directory, step = workdir / "checkpoints", config.checkpoint.step
+    if step < 0:
+      step = checkpoint.newest(directory)
+      if step is None:
+        raise UserError(
+          f"--workdir: {directory} holds no checkpoint to evaluate; train first"
+        )
+    run, _ = train_lib.restore(run, prepared, directory, step, report)
+    test = inputs.scored_batches(run, prepared)
+    result = evaluate_run(run, test, prepared.samples["test"], report)
+    report(_summary(step, result, prepared))
   return result
 
 

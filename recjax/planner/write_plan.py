@@ -1,6 +1,7 @@
 """Config and prepared data -> a plan, and its page beside other placements."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -52,7 +53,7 @@ def run(
 ) -> tuple[Plan, Callable[[], None]]:
   """Plans as configured; writes plan.json and plan.html.
 
-  For serving: serving_plan.json and serving_plan.html.
+  For serving: serving_plan.json and serving_plan.html, where it may.
 
   Args:
     config: what to plan for, and cuts to keep.
@@ -108,9 +109,10 @@ def run(
     )
     files.write(workdir / f"{name}.html", page)
 
-  workdir.mkdir(parents=True, exist_ok=True)
-  files.write(workdir / f"{name}.json", plan.to_json())
-  draw()
+  if not serving or os.access(workdir, os.W_OK):  # evaluating only reads
+    workdir.mkdir(parents=True, exist_ok=True)
+    files.write(workdir / f"{name}.json", plan.to_json())
+    draw()
   report(describe.describe(plan))
   report(baselines.describe(placed))
   if c.topology:

@@ -7,6 +7,7 @@ time, so memory stays bounded however long the test split is.
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,16 +161,29 @@ class MetricsWriter:
     workdir: an existing folder.
     step: the step after which training goes on. Lines of later steps are
       dropped, and so is a line that was cut off when an earlier run was killed.
+    report: takes a line about damaged ones, which go to metrics.damaged.
   """
 
-  def __init__(self, workdir: str | os.PathLike, step: int = 0):
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    step: int = 0,
+    report: Callable[[str], None] = print,
+  ):
     path = Path(workdir) / "metrics.jsonl"
-    kept = {}  # (step, split) -> line
+    kept: dict[tuple[int, str], bytes] = {}
+    damaged = []
+    for line in path.read_bytes().splitlines(True) if path.exists() else ():
+      key = _key(line)
+      if key is None and line.endswith(b"\n"):
+        damaged.append(line)
+      elif key is not None and key[0] <= step:
+        kept[key] = line
+    if damaged:
+      aside = path.with_suffix(".damaged")
+      files.write(aside, b"".join(damaged))
+      report(f"{len(damaged)} damaged lines of {path} are in {aside.name} now")
     if path.exists():
-      for line in path.read_bytes().splitlines(True):
-        key = _key(line)
-        if key and key[0] <= step:
-          kept[key] = line
       files.write(path, b"".join(kept.values()))
     self._there = set(kept)
     self._file = path.open("a", encoding="utf-8")

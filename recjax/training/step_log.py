@@ -8,26 +8,43 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from recjax import errors
 from recjax.config import Train
 from recjax.errors import UserError
 from recjax.training import metrics
 
 
 @contextlib.contextmanager
-def writer(workdir, first):
+def writer(workdir, first, report):
   """Yields the `write` of a metrics.MetricsWriter, which closes at the end.
 
-  Process 0 writes; what the others yield does nothing.
+  Process 0 writes; what the others yield does nothing. What cannot be written
+  is reported, once, and stops no run.
 
   Args:
     workdir: an existing folder.
     first: the step after which training goes on.
+    report: takes lines for the terminal.
   """
-  if jax.process_index():
-    yield lambda *_: None
-    return
-  with metrics.MetricsWriter(workdir, first) as writer:
-    yield writer.write
+  files: list[metrics.MetricsWriter] = []
+
+  def tried(make: Callable[[], object]) -> None:
+    try:
+      make()
+    except OSError as e:
+      for writer in files:
+        with contextlib.suppress(OSError):
+          writer.close()
+      files.clear()
+      report(f"no more metrics in {workdir}: {errors.refusal(e)}")
+
+  if jax.process_index() == 0:
+    tried(lambda: files.append(metrics.MetricsWriter(workdir, first, report)))
+  try:
+    yield lambda *line: files and tried(lambda: files[0].write(*line))
+  finally:
+    if files:
+      tried(files[0].close)
 
 
 class StepLog:

@@ -51,7 +51,7 @@ def train(
   sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
-    step_log.writer(workdir, at.step) as write,
+    step_log.writer(workdir, at.step, report) as write,
   ):
 
     def save(step):

@@ -1,5 +1,7 @@
 """The whole job as a user runs it: resumed, killed, fed with bad input."""
 
+import errno
+import fcntl
 import importlib.util
 import os
 import pathlib
@@ -16,10 +18,10 @@ import pytest
 from helpers import lines, quiet
 
 from recjax import config as config_lib
-from recjax import jobs
+from recjax import jobs, writer_lock
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
-from recjax.training import build, train
+from recjax.training import build, metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -152,6 +154,69 @@ def test_evaluates_on_one_device_with_every_row_cold(trained):
   cold = group.tier("cold")
   of_cold = plan.report(group.name, "cold")
   assert of_cold.bytes == cold.shard_rows * cold.owners * 4 * group.dim
+
+
+def test_two_runs_do_not_share_a_workdir(trained, tmp_path):
+  """But a run and an evaluation do."""
+  config, workdir, result, _ = trained
+  before = (workdir / "metrics.jsonl").read_bytes()
+  with (workdir / writer_lock.FILE).open("a") as f:
+    fcntl.flock(f, fcntl.LOCK_EX)  # as another process does
+    for job in (jobs.train, jobs.prepare_and_plan):
+      with pytest.raises(UserError, match=r"--workdir: .* is being written to"):
+        job(config, workdir, quiet)
+    assert jobs.evaluate(config, workdir, quiet) == result
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+  jobs.prepare_and_plan(config, workdir, quiet)
+
+
+def test_evaluates_a_workdir_that_it_may_not_write_to(trained, monkeypatch):
+  config, workdir, result, _ = trained
+  stamps = lambda: {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+  before = stamps()
+  monkeypatch.setattr(os, "access", lambda *_: False)  # root may do all
+  assert jobs.evaluate(config, workdir, quiet) == result
+  assert stamps() == before
+
+
+@pytest.mark.parametrize("what", ["folder", "damaged", "full"])
+def test_metrics_never_stop_a_run(trained, tmp_path, what, monkeypatch):
+  config, workdir, result, _ = trained
+  for name in ("data", "checkpoints"):
+    shutil.copytree(workdir / name, tmp_path / name)
+  path = tmp_path / "metrics.jsonl"
+  if what == "folder":
+    path.mkdir()
+  else:
+    path.write_bytes(b'{"step": 1}\n\xff\x00\n' + b"[" * 9_999 + b"\n[1]\n")
+  if what == "full":
+    monkeypatch.setattr(metrics.MetricsWriter, "write", refused)
+  printed = []
+  assert jobs.train(config, tmp_path, printed.append) == result
+  said = "\n".join(printed)
+  if what == "damaged":
+    assert "4 damaged lines of " in said
+    assert (tmp_path / "metrics.damaged").read_bytes().startswith(b'{"step"')
+    assert [x["step"] for x in lines(tmp_path, "test")] == [70]
+  else:
+    assert said.count("no more metrics in ") == 1
+
+
+def refused(*_):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_the_system_refuses_is_one_message(trained, tmp_path):
+  config, workdir, result, _ = trained
+  shutil.copytree(workdir / "data", tmp_path / "data")
+  (tmp_path / "checkpoints").write_text("a file")
+  with pytest.raises(UserError, match=r"checkpoints: (File exists|Not a dir)"):
+    jobs.train(config, tmp_path, quiet)
+  (tmp_path / "checkpoints").unlink()
+  assert jobs.train(config, tmp_path, quiet) == result
+  with pytest.raises(UserError, match=r"file: File exists\. What"):
+    (tmp_path / "file").touch()
+    jobs.train(config, tmp_path / "file", quiet)
 
 
 def test_evaluates_an_older_checkpoint(trained):
