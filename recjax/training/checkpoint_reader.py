@@ -9,6 +9,7 @@ import tensorstore as ts
 
 from recjax import files
 from recjax.plan.plan import Group, Tier
+from recjax.training.row_checks import sum_of_rows
 
 AT = "at"  # name of the array of changed rows' places in their tier
 
@@ -40,12 +41,6 @@ def check_readable(path: pathlib.Path) -> None:
   for key in ts.KvStore.open(store).result().list().result():
     if key.decode().endswith(suffix):
       _open(path, key.decode().removesuffix(suffix)).read().result()
-
-
-def sum_of_words(x: np.ndarray) -> int:
-  """Returns the wrapping sum of an array's bits, as a uint32."""
-  words = np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
-  return int(words.sum(dtype=np.uint64)) & 0xFFFFFFFF
 
 
 class _Part(NamedTuple):
@@ -117,7 +112,8 @@ def changed(
     if count:
       name = f"{key}.{AT}.{i}"
       at = _open_stored(item.path, name).read().result()
-      if len(at) != count or sum_of_words(at) != part.sums.get(f"{key}.{AT}"):
+      total = sum_of_rows(at, np.arange(len(at)))
+      if len(at) != count or total != part.sums.get(f"{key}.{AT}"):
         raise ValueError(f"{item.path / name} is not what was written")
       yield Changed(
         at, {x: _open_stored(item.path, f"{key}.{x}.{i}") for x in names}
@@ -191,19 +187,19 @@ class StoredGroup:
     part = self._values(tier, self._arrays[tier.name, name], index)
     stored = tier in self._group.stored
     key = self._key(tier, name) if stored else f"{self._group.name}.{name}"
-    self._add(key, part)
+    self._add(key, part, tier.first + index)
     for change in self._changed.get(tier.name, ()):
       at = np.searchsorted(change.at, index)
       at = np.minimum(at, len(change.at) - 1)
       hit = np.flatnonzero(change.at[at] == index)
       if len(hit):
         values = _take(change.arrays[name], at[hit])
-        self._add(f"{key} (changed)", values)
+        self._add(f"{key} (changed)", values, tier.first + index[hit])
         part[hit] = values
     return part
 
-  def _add(self, key: str, values: np.ndarray) -> None:
-    self._sums[key] = self._sums.get(key, 0) + sum_of_words(values)
+  def _add(self, key: str, values: np.ndarray, at: np.ndarray) -> None:
+    self._sums[key] = self._sums.get(key, 0) + sum_of_rows(values, at)
 
   def _values(self, tier: Tier, x, index: np.ndarray) -> np.ndarray:
     if not tier.axes:
@@ -223,7 +219,7 @@ class StoredGroup:
     return x[local, owner].read().result()
 
   def sums(self) -> dict[str, int]:
-    """Returns the wrapping sums of the words of all that was read.
+    """Returns the checksums of all that was read.
 
     By "group.array" of the tiers in device memory together, and by
     "group.tier.array" of each stored one, those that changed apart.

@@ -1,7 +1,8 @@
-"""Checksums of what is on devices: wrapping sums of words."""
+"""Checksums of what is on devices; row_checks.py says what they are."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -11,24 +12,30 @@ from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.tables import Tables
 from recjax.mesh import replicated
 from recjax.plan.plan import Tier
+from recjax.training.row_checks import factor, folded
 
 
 def _words(x):  # any shape, 2- or 4-byte dtype -> the same shape, uint32
   """Returns the bits of an array as numbers."""
   kind = jnp.uint32 if x.dtype.itemsize == 4 else jnp.uint16
-  return lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+  return folded(lax.bitcast_convert_type(x, kind).astype(jnp.uint32))
 
 
 @jax.jit
 def of_dense(tree):  # 2- or 4-byte leaves -> uint32
-  """Returns the wrapping sum of all bits: one damaged word changes it."""
-  return sum(jnp.sum(_words(x)) for x in jax.tree.leaves(tree))
+  """Returns the sum of all leaves, each word by its place in all of them."""
+  total, first = jnp.uint32(0), 0
+  for x in jax.tree.leaves(tree):
+    at = lax.iota(jnp.uint32, x.size) + np.uint32(first % 2**32)
+    total += jnp.sum(_words(x).reshape(-1) * factor(at), dtype=jnp.uint32)
+    first += x.size
+  return total
 
 
 def make_checksums(embedding: Embedding, mesh: Mesh):
   """Makes the jitted Tables -> {"group.array": uint32}, over resident rows.
 
-  An array is "rows" or a slot variable; its sum is that of the words of all
+  An array is "rows" or a slot variable; its sum is that of the rows of all
   tiers in device memory, without those of padded shards.
   """
 
@@ -52,20 +59,24 @@ def make_checksums(embedding: Embedding, mesh: Mesh):
 
 
 def _tier_sums(arrays: TierArrays, tier: Tier) -> dict[str, jax.Array]:
-  """Sums the words of a tier's rows and slot variables over its owners."""
+  """Sums a tier's rows and slot variables over its owners."""
 
-  def sums(arrays: TierArrays, valid):  # valid [shard rows, 1] or [rows] bool
+  def sums(arrays: TierArrays, at):  # at [shard rows, 1] or [rows], in the tier
     def one(x):
-      words = _words(x)
-      mask = valid.reshape(valid.shape + (1,) * (x.ndim - valid.ndim))
-      return jnp.sum(jnp.where(mask, words, words - words), dtype=jnp.uint32)
+      shape = x.shape if x.ndim > at.ndim else (*x.shape, 1)
+      column = lax.broadcasted_iota(jnp.uint32, shape, len(shape) - 1)
+      factors = of_row[..., None] * factor(~column)
+      return jnp.sum(_words(x).reshape(shape) * factors, dtype=jnp.uint32)
+
+    of_row = factor(at + np.uint32(tier.first))
+    of_row = jnp.where(at < tier.rows, of_row, 0)  # no padding
 
     slots = {name: one(x) for name, x in arrays.slots.items()}
     return {"rows": one(arrays.rows), **slots}
 
   if not tier.axes:
-    return sums(arrays, jnp.ones(tier.rows, bool))
-  owner = lax.axis_index(tier.axes).astype(jnp.int32)
-  local = lax.broadcasted_iota(jnp.int32, (tier.shard_rows, 1), 0)
-  valid = local * tier.owners + owner < tier.rows
-  return lax.psum(sums(arrays, valid), tier.axes)  # of copies once
+    return sums(arrays, lax.iota(jnp.uint32, tier.rows))
+  owner = lax.axis_index(tier.axes).astype(jnp.uint32)
+  local = lax.broadcasted_iota(jnp.uint32, (tier.shard_rows, 1), 0)
+  at = local * np.uint32(tier.owners) + owner
+  return lax.psum(sums(arrays, at), tier.axes)  # of copies once

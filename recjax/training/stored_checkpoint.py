@@ -30,7 +30,8 @@ from recjax.embedding.host_store import FullSave, HostStore, StoredRows
 from recjax.embedding.snapshot import Snapshot
 from recjax.errors import UserError
 from recjax.plan.plan import Tier
-from recjax.training.checkpoint_reader import AT, sum_of_words
+from recjax.training.checkpoint_reader import AT
+from recjax.training.row_checks import sum_of_rows
 
 BLOCK_BYTES = 16 << 20  # rows and slot variables that are written at a time
 ASIDE_BYTES = 256 << 20  # old values of rows that were written meanwhile
@@ -197,9 +198,10 @@ def _write_all(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
   for at in range(0, local, step):
     rows = min(step, local - at)
     records = np.arange(rows * m) + part.first + at * m
-    held = stored.holds_row(records)
+    held, positions = stored.holds_row(records), stored.positions(records)
     for name, x in _named(snapshot.read(records)):
-      writer.add(f"{part.key}.{name}", x if held.all() else x[held])
+      some = (x, positions) if held.all() else (x[held], positions[held])
+      writer.add(f"{part.key}.{name}", *some)
       place = arrays[name][at : at + rows, k : k + m]
       writer.put(place, x.reshape(rows, m, *x.shape[1:]))
 
@@ -224,10 +226,13 @@ def _write_changed(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
   }
   done = 0
   for records in wanted.batches(part.first, part.stop, step):
-    at = stored.positions(records) - part.tier.first
-    values = {AT: at.astype(np.int32)} | dict(_named(snapshot.read(records)))
+    positions = stored.positions(records)
+    at = (positions - part.tier.first).astype(np.int32)
+    writer.add(f"{part.key}.{AT}", at, np.arange(done, done + len(at)))
+    values = dict(_named(snapshot.read(records)))
     for name, x in values.items():
-      writer.add(f"{part.key}.{name}", x)
+      writer.add(f"{part.key}.{name}", x, positions)
+    for name, x in ({AT: at} | values).items():
       writer.put(arrays[name][done : done + len(x)], x)
     done += len(records)
 
@@ -259,7 +264,7 @@ def _open(path: pathlib.Path, metadata, make: bool) -> ts.TensorStore:
 
 
 class _Writer:
-  """Writes arrays of a folder, a few blocks at a time, and sums their words."""
+  """Writes arrays of a folder, a few blocks at a time, and checksums."""
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
@@ -267,9 +272,9 @@ class _Writer:
     self._sums: dict[str, int] = {}
     self._pending: collections.deque = collections.deque()
 
-  def add(self, key: str, x: np.ndarray) -> None:
-    """Adds an array's words to the checksum of that name."""
-    total = self._sums.get(key, 0) + sum_of_words(x)
+  def add(self, key: str, x: np.ndarray, at: np.ndarray) -> None:
+    """Adds rows x [m, ...] at positions [m] to the checksum of that name."""
+    total = self._sums.get(key, 0) + sum_of_rows(x, at)
     self._sums[key] = total & 0xFFFFFFFF
 
   def put(self, place: ts.TensorStore, x: np.ndarray) -> None:

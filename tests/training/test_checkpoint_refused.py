@@ -147,13 +147,38 @@ def test_an_array_of_any_group_is_checked(item, array, named, copied_groups):
   assert f"the checksum of {named} is " in message
 
 
-def overwrite_one(path, array):
-  """Adds 1 to the first number of an array."""
+@pytest.mark.parametrize(
+  ("item", "array", "named"),
+  [
+    ("stored", "g.cold.rows", "g.cold.rows"),
+    ("stored", "h.cold.acc", "h.cold.acc"),
+    ("tables", "g.hot.rows", "g.rows"),
+    ("tables", "b.warm.acc", "b.acc"),
+  ],
+)
+def test_two_rows_in_each_other_s_place_are_noticed(
+  item, array, named, copied_groups
+):
+  """In device memory, on every device or on one of them, and on hosts."""
+  opened = open_array(copied_groups / str(SAVED) / item, array)
+  whole = opened.read().result()
+  assert (whole[0] != whole[1]).any()
+  opened[:2].write(whole[1::-1]).result()
+  message = check_damaged(copied_groups, "groups")
+  assert f"the checksum of {named} is " in message
+
+
+def open_array(path, array):
+  """Opens an array of an item to read and write."""
   store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{array}/"}
   if path.name == "stored":
     store = {"driver": "file", "path": f"{path / array}/"}
-  spec = {"driver": "zarr", "kvstore": store}
-  opened = ts.open(spec, open=True).result()
+  return ts.open({"driver": "zarr", "kvstore": store}, open=True).result()
+
+
+def overwrite_one(path, array):
+  """Adds 1 to the first number of an array."""
+  opened = open_array(path, array)
   first = (0,) * len(opened.shape)
   opened[first].write(opened[first].read().result() + 1).result()
 
