@@ -103,6 +103,24 @@ def of_batches(
   )
 
 
+def name_row(group: Group, position: int, profile: Profile | None) -> str:
+  """Names the row at a position for a user, by its table where that is known.
+
+  Args:
+    group: whose row it is.
+    position: in the group.
+    profile: of all rows.
+  """
+  if profile is None:
+    return f"the row at position {position} of group {group.name}"
+  rank = position
+  if group.table_wise:
+    where = _of_group(group, profile)
+    rank = int(where.ranks_of(position, position + 1)[0])
+  table = group.tables[profile.of_tables(group.tables).table[rank]]
+  return f"the row of rank {rank} in table {table}"
+
+
 @functools.lru_cache(maxsize=8)  # a run's groups, and those of what it restores
 def _of_group(group: Group, profile: Profile) -> GroupPositions:
   """Lays a group's table-wise rows out, from which table each rank is of."""

@@ -37,6 +37,7 @@ from recjax.training import (
   restore_rows,
   stored_checkpoint,
 )
+from recjax.training.finite import Refusal
 from recjax.training.state import At, Identity, Run, TrainState
 
 VERSION = 4  # of what is stored; others are not read
@@ -131,7 +132,11 @@ class About:
 
   identity: Identity
   at: At  # where the run stands
-  checksums: dict[str, int]  # of `checksums.make_checksums`
+  checks: dict[str, checksums.Check]  # of `checksums.make_checksums`
+  # [B] of the batch before, scored with this state: huge parameters are finite,
+  # and nothing that they make is.
+  logits: np.ndarray | None = None
+  profile: Profile | None = None  # of all rows, to name the table of one
 
 
 def save(
@@ -149,9 +154,21 @@ def save(
     about: the rest.
     full_every: of so many saves one holds all rows of the host store; those
       between, the rows that were written since.
+
+  Raises:
+    UserError: a number is not finite, and nothing is saved; or the save before
+      has failed. Whether stored rows are finite is seen while they are written:
+      then the next call raises, or `wait_until_finished`.
   """
   to.wait_until_finished()
   state, plan, store = run.state, run.spec.embedding.plan, run.store
+  dense = {"params": state.params, "opt_state": state.opt_state}
+  refusal = Refusal(
+    str(to.directory), to.latest_step(), step, plan, about.profile
+  )
+  sums = checksums.checked_sums(dense, about.checks, refusal)
+  if about.logits is not None and not np.isfinite(about.logits).all():
+    raise refusal.of("a logit of its batch")
   tree = _tree(state.tables)
   # A block is read from every shard at once, in whole chunks; replicas, of any
   # number of rows, are stored in one piece.
@@ -172,14 +189,12 @@ def save(
     }
     for g in plan.groups
   }
-  dense = {"params": state.params, "opt_state": state.opt_state}
-  sums = about.checksums | {"dense": checksums.of_dense(dense)}
   meta = {
     "version": VERSION,
     "plan": plan.to_json(),
     "identity": dataclasses.asdict(about.identity),
     "at": {"done": about.at.done._asdict(), "began": about.at.began},
-    "checksums": {k: int(v) for k, v in sums.items()},
+    "checksums": sums,
     "stored": {"processes": 0, "full": step, "since": 0},
   }
   items = {"dense": ocp.args.StandardSave(dense)}
@@ -189,7 +204,7 @@ def save(
     if store.full and store.full.step not in to.all_steps():
       store.full = None  # somebody has deleted it
     items["stored"], meta["stored"] = stored_checkpoint.make_save(
-      store, str(to.directory), step, full_every
+      store, str(to.directory), step, full_every, refusal
     )
   to.full[step] = meta["stored"]["full"]
   meta["digest"] = _digest(meta)
@@ -317,7 +332,7 @@ def restore(
   try:
     checkpoint_reader.check_readable(folder / "dense")
     dense = _restore_dense(directory, step, run.state)
-    found, want = checksums.of_dense(dense), meta["checksums"]["dense"]
+    found, want = checksums.of_dense(dense)[0], meta["checksums"]["dense"]
     if int(found) != want:
       raise ValueError(f"its dense part's checksum is {found}, not {want}")
     full = _full_meta(directory, step, meta)

@@ -11,7 +11,18 @@ import numpy as np
 
 from recjax.embedding.row_random import mix
 
+NONE = 0xFFFFFFFF  # no position
 _CACHED_WORDS = 1 << 16  # that are worked on at a time, in a core's cache
+
+
+class NotFiniteError(Exception):
+  """A row that is to be saved has an infinity or a NaN."""
+
+  def __init__(self, group: str, array: str, position: int):
+    """array: "rows" or a slot variable; position: in the group."""
+    super().__init__(f"{group}.{array} at position {position}")
+    self.group, self.array, self.position = group, array, position
+
 
 # ---- Of NumPy and of JAX
 
@@ -46,3 +57,21 @@ def sum_of_rows(x: np.ndarray, at: np.ndarray) -> int:
     of_rows = np.einsum("rc,c->r", part, columns)  # wraps
     total += int((of_rows * factors[a : a + step]).sum(dtype=np.uint32))
   return total & 0xFFFFFFFF
+
+
+def first_not_finite(x: np.ndarray, at: np.ndarray) -> int:
+  """Returns the position of a row that has an infinity or a NaN; NONE if none.
+
+  Args:
+    x: [m, ...] float32 or bfloat16.
+    at: [m] their positions, ascending.
+  """
+  x = np.ascontiguousarray(x).reshape(len(at), -1)
+  words = x.view(f"u{x.dtype.itemsize}")
+  exponent = 0xFF << (8 * x.dtype.itemsize - 8)  # all ones, without the sign
+  step = max(1, _CACHED_WORDS // words.shape[1])
+  for a in range(0, len(at), step):
+    part = words[a : a + step] << 1
+    if part.max() >= exponent:
+      return int(at[a + np.flatnonzero((part >= exponent).any(axis=1))[0]])
+  return NONE

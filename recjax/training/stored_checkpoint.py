@@ -31,7 +31,13 @@ from recjax.embedding.snapshot import Snapshot
 from recjax.errors import UserError
 from recjax.plan.plan import Tier
 from recjax.training.checkpoint_reader import AT
-from recjax.training.row_checks import sum_of_rows
+from recjax.training.finite import Refusal
+from recjax.training.row_checks import (
+  NONE,
+  NotFiniteError,
+  first_not_finite,
+  sum_of_rows,
+)
 
 BLOCK_BYTES = 16 << 20  # rows and slot variables that are written at a time
 ASIDE_BYTES = 256 << 20  # old values of rows that were written meanwhile
@@ -67,6 +73,7 @@ class StoredSave(ocp.args.CheckpointArgs):
   store: HostStore
   snapshots: dict[str, Snapshot]
   of: str  # which checkpoint, in words
+  refusal: Refusal
 
   def begin(self, folder: pathlib.Path) -> Future:
     """Starts to write into a folder; returns the future of the end."""
@@ -74,6 +81,8 @@ class StoredSave(ocp.args.CheckpointArgs):
     def run():
       try:
         write(folder, self.store, self.snapshots)
+      except NotFiniteError as e:
+        raise self.refusal.of_row(e) from e
       except Exception as e:
         line = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise UserError(
@@ -104,7 +113,11 @@ class StoredRestore(ocp.args.CheckpointArgs):
 
 
 def make_save(
-  store: HostStore, directory: str, step: int, every: int
+  store: HostStore,
+  directory: str,
+  step: int,
+  every: int,
+  refusal: Refusal,
 ) -> tuple[StoredSave, dict]:
   """Takes a snapshot of the store, and returns what writes it.
 
@@ -118,6 +131,7 @@ def make_save(
     step: whose state it holds.
     every: how many saves there are for each full one; the others hold the rows
       written since it alone.
+    refusal: what the error says where a row is not finite.
 
   Returns:
     (the item, what `meta` must say of it).
@@ -136,13 +150,17 @@ def make_save(
     "since": full.since,
   }
   name = f"checkpoint {step} in {directory}"
-  return StoredSave(store, snapshots, name), about
+  return StoredSave(store, snapshots, name, refusal), about
 
 
 def write(
   folder: pathlib.Path, store: HostStore, snapshots: dict[str, Snapshot]
 ) -> None:
-  """Writes this process's rows of all groups, and their checksums."""
+  """Writes this process's rows of all groups, and their checksums.
+
+  Raises:
+    NotFiniteError: a row has an infinity or a NaN.
+  """
   writer = _Writer(folder)
   for name, stored in store.groups.items():
     for tier, first, stop in stored.tiers():
@@ -201,7 +219,7 @@ def _write_all(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
     held, positions = stored.holds_row(records), stored.positions(records)
     for name, x in _named(snapshot.read(records)):
       some = (x, positions) if held.all() else (x[held], positions[held])
-      writer.add(f"{part.key}.{name}", *some)
+      writer.add_rows(part, name, *some)
       place = arrays[name][at : at + rows, k : k + m]
       writer.put(place, x.reshape(rows, m, *x.shape[1:]))
 
@@ -231,7 +249,7 @@ def _write_changed(writer: "_Writer", part: _Tier, snapshot: Snapshot) -> None:
     writer.add(f"{part.key}.{AT}", at, np.arange(done, done + len(at)))
     values = dict(_named(snapshot.read(records)))
     for name, x in values.items():
-      writer.add(f"{part.key}.{name}", x, positions)
+      writer.add_rows(part, name, x, positions)
     for name, x in ({AT: at} | values).items():
       writer.put(arrays[name][done : done + len(x)], x)
     done += len(records)
@@ -276,6 +294,19 @@ class _Writer:
     """Adds rows x [m, ...] at positions [m] to the checksum of that name."""
     total = self._sums.get(key, 0) + sum_of_rows(x, at)
     self._sums[key] = total & 0xFFFFFFFF
+
+  def add_rows(
+    self, part: _Tier, name: str, x: np.ndarray, at: np.ndarray
+  ) -> None:
+    """Adds rows of a tier's array to its checksum.
+
+    Raises:
+      NotFiniteError: one of them has an infinity or a NaN.
+    """
+    bad = first_not_finite(x, at)
+    if bad != NONE:
+      raise NotFiniteError(part.stored.name, name, bad)
+    self.add(f"{part.key}.{name}", x, at)
 
   def put(self, place: ts.TensorStore, x: np.ndarray) -> None:
     """Starts to write; waits while too much is under way."""

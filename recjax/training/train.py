@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from recjax.config import Config
@@ -48,17 +49,17 @@ def train(
 
   # ---- Loop
   plan, state = run.spec.embedding.plan, run.state
-  sums_of = checksums.make_checksums(run.spec.embedding, run.mesh)
+  checks_of = checksums.make_checksums(run.spec.embedding, run.mesh)
   with (
     checkpoint.manager(directory, config.checkpoint.keep) as saver,
     step_log.writer(workdir, at.step, report) as write,
   ):
 
-    def save(step):
-      sums = jax.device_get(sums_of(state.tables))
-      here = inputs.later(at, step - at.step, config, prepared)
-      about = About(run.identity, here, sums)
+    def save(step, batch):
       now, every = run._replace(state=state), config.checkpoint.full_every
+      checks = jax.device_get((checks_of(state.tables), _logits(now, batch)))
+      here = inputs.later(at, step - at.step, config, prepared)
+      about = About(run.identity, here, *checks, prepared.profile)
       checkpoint.save(saver, step, now, about, every)
 
     expected = plan.prediction.distinct_rows
@@ -78,8 +79,8 @@ def train(
       log.add(step, out)
       every = config.checkpoint.every_steps
       if step == steps or (every and step % every == 0):
-        log.flush()  # a state whose loss is not finite is never saved
-        save(step)
+        log.flush()  # a run whose loss is not finite ends, and is not saved
+        save(step, batch)
     saver.wait_until_finished()
 
     # ---- Evaluate
@@ -91,6 +92,12 @@ def train(
     result = evaluate(run, test, prepared.samples["test"], report)
     write(steps, "test", result)
   return run, result
+
+
+def _logits(run: Run, batch) -> jax.Array:  # [B]
+  """Scores a batch of `inputs.fed` once more."""
+  mask = jnp.ones_like(batch["label"])
+  return run.forward(run.state, batch | {"mask": mask})[0]
 
 
 def _check_end(step: int, steps: int, workdir: pathlib.Path) -> None:

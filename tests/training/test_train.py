@@ -331,6 +331,43 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
   assert np.isfinite(jobs.train(config, tmp_path, quiet)["log_loss"])
 
 
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+  """The loss of its step is of the state before, and finite."""
+  config = small_config(tmp_path)
+  config.train.steps, config.checkpoint.keep = 30, 1
+  config.checkpoint.every_steps = 4
+  prepared, run = assembled(config, tmp_path)
+
+  def step(state, batch):
+    state, out = run.step(state, batch)
+    if int(state.step) == 24:  # parameters that are huge, and finite
+      params = jax.tree.map(lambda x: x * 1e36, state.params)
+      state = state._replace(params=params)
+    return state, out
+
+  with pytest.raises(
+    UserError,
+    match=r"the state after step 24 is not finite \(a logit of its batch\) and "
+    r"is not saved; checkpoint 20 in .* is kept",
+  ):
+    train.train(config, prepared, run._replace(step=step), tmp_path, quiet)
+  kept = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
+  assert kept == ["20"]
+  # Goes on from there.
+  assert np.isfinite(jobs.train(config, tmp_path, quiet)["log_loss"])
+
+
+def test_a_learning_rate_that_explodes_names_the_row(tmp_path):
+  config = small_config(tmp_path)
+  config.embedding.learning_rate, config.checkpoint.every_steps = 1e38, 1
+  with pytest.raises(
+    UserError,
+    match=r"the state after step 1 is not finite \(the row of rank \d+ in "
+    r"table C\d+\) and is not saved; there is no checkpoint before it",
+  ):
+    jobs.train(config, tmp_path, quiet)
+
+
 def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
   _, workdir, _, _ = trained
 
