@@ -6,6 +6,7 @@ is renamed: readers see what was there before, or all of what is new. The
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -38,6 +39,18 @@ def parse_json(text: str | bytes) -> Any:
     return json.loads(text)
   except RecursionError as e:
     raise ValueError("nested too deep") from e
+
+
+def hash_of_json(content: Any) -> str:
+  """Returns the sha256 of what JSON says, whatever the order of its keys."""
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hash_of(path: Path) -> str:
+  """Returns the sha256 of a file's content."""
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write(path: Path, content: str | bytes) -> None:

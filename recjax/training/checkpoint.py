@@ -14,7 +14,6 @@ for each row of a differential save.
 """
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
+from recjax import files
 from recjax.data.shuffle import Done
 from recjax.embedding.host_store import FullSave
 from recjax.embedding.tables import Tables
@@ -207,7 +207,7 @@ def save(
       store, str(to.directory), step, full_every, refusal
     )
   to.full[step] = meta["stored"]["full"]
-  meta["digest"] = _digest(meta)
+  meta["digest"] = files.hash_of_json(meta)
   try:
     items["meta"] = ocp.args.JsonSave(meta)
     to.save(step, args=ocp.args.Composite(**items))
@@ -215,12 +215,6 @@ def save(
     if store:
       items["stored"].close()
     raise
-
-
-def _digest(meta: dict) -> str:
-  """Returns the hash of what `meta` says, whatever the order of its keys."""
-  text = json.dumps(meta, sort_keys=True)
-  return hashlib.sha256(text.encode()).hexdigest()
 
 
 # ---- Restore
@@ -259,7 +253,7 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
         Identity(**meta["identity"])
         at_of(step, meta)
         meta["checksums"]["dense"]
-        if digest != _digest(meta):
+        if digest != files.hash_of_json(meta):
           raise ValueError("its meta data is not what was written")
     except Exception as e:
       raise _damaged(directory, step, e) from e

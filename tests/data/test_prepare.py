@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import glob
 import os
+import pathlib
 import re
 
 import duckdb
@@ -252,6 +253,63 @@ def test_damaged_prepared_data_is_an_error(tmp_path, damage, how):
     path.write_bytes(path.read_bytes()[:40])
   with pytest.raises(UserError, match=str(tmp_path / "p")):
     prepared.load(p.directory).blocks("train")
+
+
+def test_a_flipped_bit_of_prepared_data_is_noticed(tmp_path):
+  """In the manifest, the vocabulary and the blocks, or nobody reads it."""
+  log(tmp_path / "log.tsv", 500)
+  p = prepare.prepare(config(tmp_path / "log.tsv"), str(tmp_path / "p"), quiet)
+  everything = lambda p: p.blocks("train")[range(len(p.blocks("train").sizes))]
+  want, rng = everything(p), np.random.default_rng(0)
+  for name, noticed in (
+    ("prepared.json", 30),
+    (vocabulary.FILE, 30),
+    # Padded with up to 64 KiB of zeros.
+    ("blocks/recjax_blocks-train.array_record-00000", 2),
+  ):
+    path = tmp_path / "p" / name
+    whole, refused = path.read_bytes(), 0
+    for at in rng.integers(0, len(whole), 30).tolist():
+      data = bytearray(whole)
+      data[at] ^= 1 << int(rng.integers(8))
+      path.write_bytes(data)
+      try:
+        found = everything(prepared.load(p.directory))
+      except UserError as e:
+        refused += 1
+        assert "\n" not in str(e)
+        assert p.directory in str(e)
+      else:
+        for key, x in want.items():
+          np.testing.assert_array_equal(found[key], x)
+    assert refused >= noticed
+    path.write_bytes(whole)
+  prepared.load(p.directory)
+
+
+def test_a_file_of_another_size_is_named(tmp_path):
+  log(tmp_path / "log.tsv", 500)
+  p = prepare.prepare(config(tmp_path / "log.tsv"), str(tmp_path / "p"), quiet)
+  name = "blocks/recjax_blocks-test.array_record-00000"
+  with open(tmp_path / "p" / name, "ab") as f:
+    f.write(b"more")
+  with pytest.raises(UserError, match=rf"{name} has [\d,]+ bytes, [\d,]+ were"):
+    prepared.load(p.directory)
+
+
+def test_a_damaged_vocabulary_is_not_copied(tmp_path):
+  """It was whole when it was loaded."""
+  log(tmp_path / "log.tsv", 500)
+  p = prepare.prepare(config(tmp_path / "log.tsv"), str(tmp_path / "p"), quiet)
+  to = tmp_path / "checkpoints"
+  copied = pathlib.Path(prepared.copy_vocabulary(p, str(to)))
+  whole = copied.read_bytes()
+  path = tmp_path / "p" / vocabulary.FILE
+  path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 4]) + whole[-8:])
+  with pytest.raises(UserError, match="is not what was written"):
+    prepared.copy_vocabulary(p, str(to))
+  assert copied.read_bytes() == whole
+  assert [x.name for x in to.iterdir()] == [vocabulary.FILE]
 
 
 def test_counts_are_those_of_the_blocks(tmp_path):
