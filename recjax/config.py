@@ -198,6 +198,9 @@ class Checkpoint:
   # hold those that were written since, and need the full one.
   full_every: int = _number(1, at_least=1)
   step: int = _number(-1, at_least=-1)  # to evaluate; -1 = the newest
+  # Go on from the newest one that is whole; damaged ones are put aside. Reads
+  # the newest twice.
+  fall_back: bool = False
 
 
 @dataclass

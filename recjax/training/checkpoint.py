@@ -14,6 +14,7 @@ for each row of a differential save.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -228,19 +229,35 @@ def newest(directory: pathlib.Path) -> int | None:
     return m.latest_step()
 
 
+def steps(directory: pathlib.Path) -> list[int]:
+  """Returns the finished steps in `directory`, ascending."""
+  with manager(directory, read_only=True) as m:
+    return sorted(m.all_steps())
+
+
+def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
+  """Renames the folder of a step, so that it is no checkpoint any more."""
+  aside = directory / f"{step}.damaged"
+  for i in itertools.count(2):
+    if not aside.exists():
+      break
+    aside = directory / f"{step}.damaged.{i}"
+  return (directory / str(step)).rename(aside)
+
+
 def read_meta(directory: pathlib.Path, step: int) -> dict:
   """The `meta` item of a step.
 
   Raises:
     UserError: there is no such step, or it is damaged.
   """
+  there = steps(directory)
+  if step not in there:
+    raise UserError(
+      f"checkpoint.step: there is no checkpoint {step} in {directory}; "
+      f"there are {there}"
+    )
   with manager(directory, read_only=True) as m:
-    steps = sorted(m.all_steps())
-    if step not in steps:
-      raise UserError(
-        f"checkpoint.step: there is no checkpoint {step} in {directory}; "
-        f"there are {steps}"
-      )
     try:
       restored = m.restore(
         step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
@@ -272,33 +289,15 @@ def at_of(step: int, meta: dict) -> At:
   return At(step, Done(**at["done"]), at["began"])
 
 
-def _damaged(directory, step, what) -> UserError:
+class DamagedError(UserError):
+  """A checkpoint is not what was written; train.py adds which one is."""
+
+
+def _damaged(directory, step, what) -> DamagedError:
   text = str(what).strip().splitlines() or [type(what).__name__]
-  return UserError(
-    f"checkpoint {step} in {directory} is damaged: {text[0][:300]}. Delete "
-    f"{directory / str(step)} to go on from the one before, or choose one "
-    "with --config.checkpoint.step"
+  return DamagedError(
+    f"checkpoint {step} in {directory} is damaged: {text[0][:300]}"
   )
-
-
-def check_identity(directory, step, meta: dict, want: Identity) -> None:
-  """Raises UserError where the checkpoint is of something else."""
-  got = Identity(**meta["identity"])
-  for field, value in want.model.items():
-    if got.model.get(field) != value:
-      raise UserError(
-        f"checkpoint {step} in {directory} is of another model: {field} is "
-        f"{got.model.get(field)!r} there and {value!r} in this config; "
-        "restore it with the config it was trained with, or use another "
-        "--workdir"
-      )
-  if got.vocabulary != want.vocabulary:
-    raise UserError(
-      f"checkpoint {step} in {directory} was trained with another vocabulary "
-      f"({got.vocabulary[:12]}, {got.rows} rows; this data set has "
-      f"{want.vocabulary[:12]}, {want.rows} rows): its rows mean other ids. "
-      "Prepare the data that it was trained on, or use another --workdir"
-    )
 
 
 def restore(
@@ -322,15 +321,8 @@ def restore(
   Raises:
     UserError: the checkpoint is damaged.
   """
-  folder = directory.absolute() / str(step)
   try:
-    checkpoint_reader.check_readable(folder / "dense")
-    dense = _restore_dense(directory, step, run.state)
-    found, want = checksums.of_dense(dense)[0], meta["checksums"]["dense"]
-    if int(found) != want:
-      raise ValueError(f"its dense part's checksum is {found}, not {want}")
-    full = _full_meta(directory, step, meta)
-    items = restore_rows.open_items(folder, meta, full)
+    dense, items = _open(directory, step, meta, run)
     into = restore_rows.Into(
       run.spec.embedding, run.mesh, run.state.tables, run.store
     )
@@ -340,6 +332,32 @@ def restore(
     raise _damaged(directory, step, e) from e
   count = jax.device_put(np.int32(step), replicated(run.mesh))
   return TrainState(count, dense["params"], dense["opt_state"], tables)
+
+
+def check_whole(directory: pathlib.Path, step: int, run: Run) -> None:
+  """Reads all of a checkpoint that `restore` would; changes nothing.
+
+  Raises:
+    UserError: something is not what was written.
+  """
+  meta = read_meta(directory, step)
+  try:
+    _, items = _open(directory, step, meta, run)
+    restore_rows.check(items, meta, run.spec.embedding)
+  except Exception as e:
+    raise _damaged(directory, step, e) from e
+
+
+def _open(directory: pathlib.Path, step: int, meta: dict, run: Run):
+  """Returns (the dense part, restored and checked; the items with rows)."""
+  folder = directory.absolute() / str(step)
+  checkpoint_reader.check_readable(folder / "dense")
+  dense = _restore_dense(directory, step, run.state)
+  found, want = checksums.of_dense(dense)[0], meta["checksums"]["dense"]
+  if int(found) != want:
+    raise ValueError(f"its dense part's checksum is {found}, not {want}")
+  full = _full_meta(directory, step, meta)
+  return dense, restore_rows.open_items(folder, meta, full)
 
 
 def _restore_dense(directory: pathlib.Path, step: int, state: TrainState):

@@ -91,10 +91,7 @@ def restore(
   if profile is not None:
     now = positions.of_groups(embedding.plan, profile)
     then = positions.of_groups(plan, profile)
-  found = {
-    g.name: StoredGroup(items, plan.group(g.name), ["rows", *g.optimizer.slots])
-    for g in embedding.groups
-  }
+  found = _groups(items, plan, embedding)
 
   def rows(group: str, at: np.ndarray) -> TierArrays:  # positions now [m]
     if group in now:
@@ -121,6 +118,34 @@ def restore(
     into.store.version += 1
   _check_sums(found, everywhere, meta["checksums"])
   return tables
+
+
+def check(items: Items, meta: dict, embedding: Embedding) -> None:
+  """Reads all rows, and checks them; of all processes, on this one.
+
+  Raises:
+    OSError, ValueError: something is damaged.
+  """
+  plan = Plan.from_json(meta["plan"])
+  found = _groups(items, plan, embedding)
+  for g in embedding.groups:
+    stop, step = plan.group(g.name).tiers[-1].stop, BLOCK_BYTES // _row_bytes(g)
+    for first in range(0, stop, step):
+      for name in found[g.name].names:
+        found[g.name].read(name, np.arange(first, min(first + step, stop)))
+  want = _wanted(found, meta["checksums"])
+  got = _sums(found)
+  _compare({k: got.get(k, 0) for k in want}, want)
+
+
+def _groups(
+  items: Items, plan: Plan, embedding: Embedding
+) -> dict[str, StoredGroup]:
+  """Opens the rows of each group, with the slot variables of a run's."""
+  return {
+    g.name: StoredGroup(items, plan.group(g.name), ["rows", *g.optimizer.slots])
+    for g in embedding.groups
+  }
 
 
 def _fill(stored: StoredRows, width: int, rows) -> None:
@@ -180,17 +205,28 @@ def _check_sums(
     everywhere: sums of what all processes have read, whatever their owners.
     resident: what they must be, of tiers in device memory.
   """
-  want = {}
-  for of in found.values():
-    want |= of.wanted(resident)
-  got = _sums(found)
+  want, got = _wanted(found, resident), _sums(found)
   mine = [got.get(k, 0) - everywhere.get(k, 0) for k in want]
   totals = distributed.sum_over_processes(np.array(mine, np.int64) & 0xFFFFFFFF)
-  for key, total in zip(want, totals.tolist(), strict=True):
-    total = (everywhere.get(key, 0) + total) & 0xFFFFFFFF
-    if total != want[key]:
+  totals = dict(zip(want, totals.tolist(), strict=True))
+  _compare(
+    {k: (everywhere.get(k, 0) + x) & 0xFFFFFFFF for k, x in totals.items()},
+    want,
+  )
+
+
+def _wanted(
+  found: dict[str, StoredGroup], resident: dict[str, int]
+) -> dict[str, int]:
+  """Returns what the sums must be; resident: of tiers in device memory."""
+  return {k: v for of in found.values() for k, v in of.wanted(resident).items()}
+
+
+def _compare(got: dict[str, int], want: dict[str, int]) -> None:
+  for key, total in want.items():
+    if got[key] != total:
       raise ValueError(
-        f"the checksum of {key} is {total}, {want[key]} was written"
+        f"the checksum of {key} is {got[key]}, {total} was written"
       )
 
 

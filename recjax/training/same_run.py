@@ -14,6 +14,7 @@ from recjax import config as config_lib
 from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.errors import UserError
+from recjax.training.state import Identity
 
 # Fields and groups of them. All others must be the same, new ones too.
 MAY_CHANGE = (
@@ -105,6 +106,26 @@ def check(
       "with those there, or begin a run of its own with another --workdir: "
       f"from scratch, or from what is trained with "
       f"--config.train.start_from={workdir}"
+    )
+
+
+def check_identity(directory, step, meta: dict, want: Identity) -> None:
+  """Raises UserError where the checkpoint is of something else."""
+  got = Identity(**meta["identity"])
+  for field, value in want.model.items():
+    if got.model.get(field) != value:
+      raise UserError(
+        f"checkpoint {step} in {directory} is of another model: {field} is "
+        f"{got.model.get(field)!r} there and {value!r} in this config; "
+        "restore it with the config it was trained with, or use another "
+        "--workdir"
+      )
+  if got.vocabulary != want.vocabulary:
+    raise UserError(
+      f"checkpoint {step} in {directory} was trained with another vocabulary "
+      f"({got.vocabulary[:12]}, {got.rows} rows; this data set has "
+      f"{want.vocabulary[:12]}, {want.rows} rows): its rows mean other ids. "
+      "Prepare the data that it was trained on, or use another --workdir"
     )
 
 

@@ -1,5 +1,6 @@
 """The train loop, read downward: resume, step, log, save, evaluate."""
 
+import contextlib
 import pathlib
 from collections.abc import Callable
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from recjax import distributed
 from recjax.config import Config
 from recjax.data.prepared import Prepared, copy_vocabulary
 from recjax.errors import UserError
@@ -127,7 +129,10 @@ def _resume(
   directory.mkdir(parents=True, exist_ok=True)  # on all, or none looks
   step = checkpoint.newest(directory)
   if step is not None:
-    meta = checkpoint.read_meta(directory, step)
+    if config.checkpoint.fall_back:
+      step = _fall_back(directory, run, report)
+    with _naming_whole_ones(directory, step, run):
+      meta = checkpoint.read_meta(directory, step)
     was = meta["identity"]["settings"]
     same_run.check(workdir, step, was, run.identity.settings)
     run, meta = restore(run, prepared, directory, step, report)
@@ -186,8 +191,64 @@ def restore(
   Raises:
     UserError: there is none, it is damaged, or of something else.
   """
-  meta = checkpoint.read_meta(directory, step)
-  checkpoint.check_identity(directory, step, meta, run.identity)
-  report(f"restoring step {step} of {directory}")
-  state = checkpoint.restore(directory, step, meta, run, prepared.profile)
+  with _naming_whole_ones(directory, step, run):
+    meta = checkpoint.read_meta(directory, step)
+    same_run.check_identity(directory, step, meta, run.identity)
+    report(f"restoring step {step} of {directory}")
+    state = checkpoint.restore(directory, step, meta, run, prepared.profile)
   return run._replace(state=state), meta
+
+
+# ---- Damaged checkpoints
+
+
+def _newest_whole(directory: pathlib.Path, steps: list[int], run: Run):
+  """Returns the newest of these steps that is whole; None where none is."""
+  for step in sorted(steps, reverse=True):
+    with contextlib.suppress(UserError):
+      checkpoint.check_whole(directory, step, run)
+      return step
+  return None
+
+
+@contextlib.contextmanager
+def _naming_whole_ones(directory: pathlib.Path, step: int, run: Run):
+  """Adds to the error of a damaged checkpoint which other one is whole."""
+  try:
+    yield
+  except checkpoint.DamagedError as e:
+    others = [s for s in checkpoint.steps(directory) if s != step]
+    whole = _newest_whole(directory, others, run)
+    way = "no other one there is whole: train anew with another --workdir"
+    if whole is not None:
+      way = (
+        f"checkpoint {whole} is whole: train on from it with "
+        "--config.checkpoint.fall_back=True, or evaluate it with "
+        f"--config.checkpoint.step={whole}"
+      )
+    raise UserError(f"{e}; {way}") from e
+
+
+def _fall_back(directory: pathlib.Path, run: Run, report: Report) -> int:
+  """Returns the newest step that is whole; puts those after it aside.
+
+  Raises:
+    UserError: none is whole; then all stay where they are.
+  """
+
+  def choose() -> str:
+    steps = checkpoint.steps(directory)
+    whole = _newest_whole(directory, steps, run)
+    for step in steps:
+      if whole is not None and step > whole:
+        aside = checkpoint.set_aside(directory, step)
+        report(f"checkpoint {step} is damaged: it is {aside} from now on")
+    return "" if whole is None else str(whole)
+
+  found = distributed.from_first(choose)
+  if not found:
+    raise UserError(
+      f"checkpoint.fall_back: no checkpoint in {directory} is whole; train "
+      "anew with another --workdir"
+    )
+  return int(found)

@@ -30,7 +30,12 @@ from helpers_checkpoint import (
 from recjax.data.shuffle import Done
 from recjax.plan import positions
 from recjax.plan.plan import Plan
-from recjax.training import checkpoint, checkpoint_reader, restore_rows
+from recjax.training import (
+  checkpoint,
+  checkpoint_reader,
+  restore_rows,
+  same_run,
+)
 from recjax.training.state import At, state_shardings
 
 # ---- Round trips
@@ -109,7 +114,7 @@ def test_meta_reads_back(name, request):
   meta = checkpoint.read_meta(directory, SAVED)
   assert Plan.from_json(meta["plan"]) == make_plan(name)
   assert checkpoint.at_of(SAVED, meta) == At(SAVED, Done(1, SAVED))
-  checkpoint.check_identity(directory, SAVED, meta, IDENTITY)
+  same_run.check_identity(directory, SAVED, meta, IDENTITY)
 
 
 CHECKED = {

@@ -15,13 +15,14 @@ from helpers_checkpoint import (
   OLDER,
   SAVED,
   assert_same,
+  fresh,
   in_rank_order,
   restore,
   save,
 )
 
 from recjax.errors import UserError
-from recjax.training import checkpoint
+from recjax.training import checkpoint, same_run
 
 # ---- Damage: the error names the step and the way out
 
@@ -108,8 +109,9 @@ def copied_groups(saved_groups, tmp_path):
 def check_damaged(directory, name) -> str:
   message = error_of(restore, directory, name)
   assert message.startswith(f"checkpoint {SAVED} in {directory} is damaged: ")
-  assert f"Delete {directory / str(SAVED)} to go on" in message
-  assert "--config.checkpoint.step" in message
+  with pytest.raises(UserError) as e:
+    checkpoint.check_whole(directory, SAVED, fresh(name))
+  assert str(e.value)[:60] == message[:60]
   assert len(message) < 1_000
   return message
 
@@ -118,7 +120,8 @@ def check_damaged(directory, name) -> str:
 def test_damaged_checkpoint(damage, copied, saved):
   DAMAGES[damage](copied / str(SAVED))
   check_damaged(copied, "mixed")
-  # The way out works: the one before is there and whole.
+  # The one before is there and whole.
+  checkpoint.check_whole(copied, OLDER, fresh("mixed"))
   shutil.rmtree(copied / str(SAVED))
   assert checkpoint.newest(copied) == OLDER
   if damage in ("tables_flipped", "stored_flipped"):
@@ -255,6 +258,18 @@ def test_a_checkpoint_of_another_version_is_not_read(copied):
       )
 
 
+def test_what_is_put_aside_is_no_checkpoint(copied, saved):
+  for i in ("", ".2"):
+    aside = checkpoint.set_aside(copied, SAVED)
+    assert aside == copied / f"{SAVED}.damaged{i}"
+    assert (aside / "meta" / "metadata").exists()
+    assert checkpoint.newest(copied) == OLDER
+    with checkpoint.manager(copied, keep=2) as to:  # and saved again
+      save(to, SAVED, restore(copied, "mixed", OLDER))
+    assert checkpoint.steps(copied) == [OLDER, SAVED]
+    assert aside.exists()
+
+
 def test_half_written_checkpoint_is_ignored(copied, saved):
   """Orbax writes into a folder with this suffix, and renames it when done."""
   part = copied / f"9{ocp.utils.TMP_DIR_SUFFIX}"
@@ -306,7 +321,7 @@ def test_checkpoint_of_another_model(field, value, saved):
   directory, _ = saved
   meta = checkpoint.read_meta(directory, SAVED)
   want = dataclasses.replace(IDENTITY, model=IDENTITY.model | {field: value})
-  message = error_of(checkpoint.check_identity, directory, SAVED, meta, want)
+  message = error_of(same_run.check_identity, directory, SAVED, meta, want)
   assert message.startswith(f"checkpoint {SAVED} in {directory}")
   stored = IDENTITY.model[field]
   assert f"{field} is {stored!r} there and {value!r} in this config" in message
@@ -317,6 +332,6 @@ def test_checkpoint_of_another_vocabulary(saved):
   directory, _ = saved
   meta = checkpoint.read_meta(directory, SAVED)
   want = dataclasses.replace(IDENTITY, vocabulary="f" * 64, rows=17)
-  message = error_of(checkpoint.check_identity, directory, SAVED, meta, want)
+  message = error_of(same_run.check_identity, directory, SAVED, meta, want)
   assert "another vocabulary (0123456789ab, 50003 rows" in message
   assert "this data set has ffffffffffff, 17 rows" in message

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import importlib.util
+import json
 import os
 import pathlib
 import random
@@ -21,7 +22,7 @@ from recjax import config as config_lib
 from recjax import jobs, writer_lock
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
-from recjax.training import build, metrics, train
+from recjax.training import build, checkpoint, metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -298,6 +299,47 @@ def test_killed_ten_times_it_ends_with_the_same_metrics(tmp_path):
   # Of the resumed run's training log, each step is there once.
   steps = [line["step"] for line in lines(tmp_path / "killed", "train")]
   assert steps == sorted(set(steps))
+
+
+def test_a_damaged_checkpoint_lets_the_one_before_go_on(tmp_path):
+  """With a flag that the error offers; what is damaged is put aside."""
+  config = small_config(tmp_path)
+  config.train.steps, config.checkpoint.every_steps = 30, 10
+  config.checkpoint.full_every = 1
+  want = jobs.train(config, tmp_path, quiet)
+  directory = tmp_path / "checkpoints"
+  meta = directory / "30" / "meta" / "metadata"
+  found = json.loads(meta.read_text())
+  found["at"]["done"]["samples"] += 1
+  meta.write_text(json.dumps(found))
+  with pytest.raises(UserError) as e:
+    jobs.train(config, tmp_path, quiet)
+  assert str(e.value) == (
+    f"checkpoint 30 in {directory} is damaged: its meta data is not what was "
+    "written; checkpoint 20 is whole: train on from it with "
+    "--config.checkpoint.fall_back=True, or evaluate it with "
+    "--config.checkpoint.step=20"
+  )
+  with pytest.raises(
+    UserError, match=r"damaged.*--config\.checkpoint\.step=20"
+  ):
+    jobs.evaluate(config, tmp_path, quiet)
+  config.checkpoint.fall_back = True
+  printed = []
+  assert jobs.train(config, tmp_path, printed.append) == want
+  aside = directory / "30.damaged"
+  said = f"checkpoint 30 is damaged: it is {aside} from now on"
+  assert said in printed
+  assert aside.exists() and checkpoint.steps(directory) == [20, 30]
+  # And where none is whole, nothing is moved.
+  for step in (20, 30):
+    (directory / str(step) / "meta" / "metadata").write_text("{}")
+  with pytest.raises(UserError, match=r"no checkpoint in .* is whole; train a"):
+    jobs.train(config, tmp_path, quiet)
+  assert checkpoint.steps(directory) == [20, 30]
+  config.checkpoint.fall_back = False
+  with pytest.raises(UserError, match=r"30 .*damaged.*no other one there is w"):
+    jobs.train(config, tmp_path, quiet)
 
 
 # ---- Bad input, at the level of the job
