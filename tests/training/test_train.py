@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import importlib.util
-import json
 import os
 import pathlib
 import random
@@ -22,7 +21,7 @@ from recjax import config as config_lib
 from recjax import jobs, writer_lock
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
-from recjax.training import build, checkpoint, metrics, train
+from recjax.training import build, metrics, train
 
 pytestmark = pytest.mark.slow
 
@@ -301,47 +300,6 @@ def test_killed_ten_times_it_ends_with_the_same_metrics(tmp_path):
   assert steps == sorted(set(steps))
 
 
-def test_a_damaged_checkpoint_lets_the_one_before_go_on(tmp_path):
-  """With a flag that the error offers; what is damaged is put aside."""
-  config = small_config(tmp_path)
-  config.train.steps, config.checkpoint.every_steps = 30, 10
-  config.checkpoint.full_every = 1
-  want = jobs.train(config, tmp_path, quiet)
-  directory = tmp_path / "checkpoints"
-  meta = directory / "30" / "meta" / "metadata"
-  found = json.loads(meta.read_text())
-  found["at"]["done"]["samples"] += 1
-  meta.write_text(json.dumps(found))
-  with pytest.raises(UserError) as e:
-    jobs.train(config, tmp_path, quiet)
-  assert str(e.value) == (
-    f"checkpoint 30 in {directory} is damaged: its meta data is not what was "
-    "written; checkpoint 20 is whole: train on from it with "
-    "--config.checkpoint.fall_back=True, or evaluate it with "
-    "--config.checkpoint.step=20"
-  )
-  with pytest.raises(
-    UserError, match=r"damaged.*--config\.checkpoint\.step=20"
-  ):
-    jobs.evaluate(config, tmp_path, quiet)
-  config.checkpoint.fall_back = True
-  printed = []
-  assert jobs.train(config, tmp_path, printed.append) == want
-  aside = directory / "30.damaged"
-  said = f"checkpoint 30 is damaged: it is {aside} from now on"
-  assert said in printed
-  assert aside.exists() and checkpoint.steps(directory) == [20, 30]
-  # And where none is whole, nothing is moved.
-  for step in (20, 30):
-    (directory / str(step) / "meta" / "metadata").write_text("{}")
-  with pytest.raises(UserError, match=r"no checkpoint in .* is whole; train a"):
-    jobs.train(config, tmp_path, quiet)
-  assert checkpoint.steps(directory) == [20, 30]
-  config.checkpoint.fall_back = False
-  with pytest.raises(UserError, match=r"30 .*damaged.*no other one there is w"):
-    jobs.train(config, tmp_path, quiet)
-
-
 # ---- Bad input, at the level of the job
 
 
@@ -371,43 +329,6 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
   assert kept == ["20"]
   # Goes on from there.
   assert np.isfinite(jobs.train(config, tmp_path, quiet)["log_loss"])
-
-
-def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-  """The loss of its step is of the state before, and finite."""
-  config = small_config(tmp_path)
-  config.train.steps, config.checkpoint.keep = 30, 1
-  config.checkpoint.every_steps = 4
-  prepared, run = assembled(config, tmp_path)
-
-  def step(state, batch):
-    state, out = run.step(state, batch)
-    if int(state.step) == 24:  # parameters that are huge, and finite
-      params = jax.tree.map(lambda x: x * 1e36, state.params)
-      state = state._replace(params=params)
-    return state, out
-
-  with pytest.raises(
-    UserError,
-    match=r"the state after step 24 is not finite \(a logit of its batch\) and "
-    r"is not saved; checkpoint 20 in .* is kept",
-  ):
-    train.train(config, prepared, run._replace(step=step), tmp_path, quiet)
-  kept = [p.name for p in (tmp_path / "checkpoints").iterdir() if p.is_dir()]
-  assert kept == ["20"]
-  # Goes on from there.
-  assert np.isfinite(jobs.train(config, tmp_path, quiet)["log_loss"])
-
-
-def test_a_learning_rate_that_explodes_names_the_row(tmp_path):
-  config = small_config(tmp_path)
-  config.embedding.learning_rate, config.checkpoint.every_steps = 1e38, 1
-  with pytest.raises(
-    UserError,
-    match=r"the state after step 1 is not finite \(the row of rank \d+ in "
-    r"table C\d+\) and is not saved; there is no checkpoint before it",
-  ):
-    jobs.train(config, tmp_path, quiet)
 
 
 def test_what_does_not_fit_the_run_is_named(trained, tmp_path):
