@@ -32,6 +32,7 @@ class Refusal:
       kept = f"checkpoint {self.last} in {self.directory} is kept"
     return UserError(
       f"the state after step {self.step} is not finite ({what}) and is not "
-      f"saved; {kept}. Lower train.learning_rate or embedding.learning_rate, "
-      "or look at the data of the steps before"
+      f"saved; {kept}. Look at the data of the steps before, or go on in "
+      f"another --workdir with a lower train.learning_rate or "
+      "embedding.learning_rate and this one as train.start_from"
     )

@@ -113,8 +113,9 @@ class StepLog:
       kept = f"checkpoint {last} in {self._directory}" if last else "nothing"
       raise UserError(
         f"the loss is {out['loss']} at step {step}; {kept} is kept as it was. "
-        "Lower train.learning_rate or embedding.learning_rate, or look at the "
-        "data of that step"
+        "Look at the data of that step, or go on in another --workdir with a "
+        "lower train.learning_rate or embedding.learning_rate and this one as "
+        "train.start_from"
       )
     self._window.append(out)
     if step % self._every == 0 or step == self._steps:
