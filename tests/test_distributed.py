@@ -166,6 +166,7 @@ def together(alone, tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_train_as_one(alone, together):
   workdir, want = alone
+  assert want["samples"] == 2_000  # 8 batches of 256, the last one padded
   got = lines(together, "test")[-1]
   for name, value in want.items():
     # gloo adds in another order than one process, 120 steps long; a learning
