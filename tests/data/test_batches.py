@@ -224,6 +224,24 @@ def test_a_process_reads_its_own_blocks_only(prepared, monkeypatch):
   assert len(set.union(*first_two)) == 8
 
 
+def test_only_the_blocks_of_two_windows_are_kept(prepared):
+  source = batches.Batches(
+    prepared,
+    "train",
+    10,
+    seed=0,
+    epochs=3,
+    done=batches.Done(),
+    shuffle_blocks=3,
+    process=(0, 1),
+    positions_of=None,
+  )
+  for i in range(len(source)):
+    source[i]
+    assert len(source.recent) <= 6
+  assert len(source.recent) == 6
+
+
 @pytest.mark.parametrize(("size", "count"), [(251, 1), (16, 17), (100, 4)])
 def test_too_few_samples_for_a_batch(prepared, size, count):
   with pytest.raises(UserError, match=r"lower train\.batch_size"):

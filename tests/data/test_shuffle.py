@@ -1,21 +1,24 @@
 """The order of an epoch's samples: turns, windows and permutations."""
 
+import itertools
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from recjax.data import shuffle
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
-def test_blocks_take_turns(sizes, data):
-  """Against dealing the samples one by one."""
-  count = data.draw(st.integers(0, sum(sizes)))
-  turns = [(k, w) for w, size in enumerate(sizes) for k in range(size)]
-  dealt = [w for _, w in sorted(turns)[:count]]
-  want = [dealt.count(w) for w in range(len(sizes))]
-  got = shuffle.taken(np.array(sizes), count)
-  assert got.tolist() == want
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4])
+def test_blocks_take_turns(blocks):
+  """Against dealing the samples one by one, of every few blocks."""
+  for sizes in itertools.product(range(1, 5), repeat=blocks):
+    turns = [(k, w) for w, size in enumerate(sizes) for k in range(size)]
+    dealt = [w for _, w in sorted(turns)]
+    for count in range(len(dealt) + 1):
+      want = [dealt[:count].count(w) for w in range(blocks)]
+      assert shuffle.taken(np.array(sizes), count).tolist() == want
 
 
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=9)

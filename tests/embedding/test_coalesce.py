@@ -12,21 +12,24 @@ from recjax.embedding.coalesce import NONE
 
 
 @functools.cache
-def coalesce(size):
-  return jax.jit(coalesce_lib.coalesce)
+def coalesce(size, room):
+  del size
+  return jax.jit(functools.partial(coalesce_lib.coalesce, room=room))
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-  st.sampled_from([1, 2, 16, 33]),
+  st.sampled_from([(1, 0), (2, 2), (16, 0), (33, 0), (33, 7)]),
   st.sampled_from([1, 5, 1_000, NONE - 1]),
   st.integers(0, 2**32),
 )
-def test_coalesce_is_unique(size, most, seed):
+def test_coalesce_is_unique(of, most, seed):
+  size, room = of
   rng = np.random.default_rng(seed)
   keys = rng.integers(0, most, size, np.int32, endpoint=True)
   keys[rng.random(size) < 0.3] = NONE
-  distinct, index = map(np.asarray, coalesce(size)(keys))
+  distinct, index = map(np.asarray, coalesce(size, room)(keys))
+  assert distinct.shape == (size + room,)
   want, inverse = np.unique(keys, return_inverse=True)
   np.testing.assert_array_equal(distinct[: len(want)], want)
   assert np.all(distinct[len(want) :] == NONE)
