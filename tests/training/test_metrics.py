@@ -103,6 +103,16 @@ def test_bound_holds_when_bits_are_dropped(data, limit, pieces):
     assert abs(result["auc"] - exact) <= result["auc_error"] + 1e-15
 
 
+def test_the_error_counts_pairs_that_may_be_tied_by_dropped_bits():
+  logits = np.float32([1, 1, np.nextafter(np.float32(1), 2), 2, 4])
+  labels = np.array([1, 0, 0, 1, 0])
+  exact = metrics_of(logits, labels).result()
+  assert (exact["auc"], exact["auc_error"]) == (2.5 / 6, 0)  # a true tie
+  # One bit less: the first positive sample is tied with two, of six pairs.
+  coarse = metrics_of(logits, labels, max_distinct=4).result()
+  assert (coarse["auc"], coarse["auc_error"]) == (3 / 6, 1 / 6)
+
+
 @pytest.mark.slow
 def test_long_stream_is_bounded_and_close():
   rng = np.random.default_rng(0)
