@@ -48,7 +48,9 @@ def logits_of(run) -> tuple[np.ndarray, np.ndarray]:
 def test_metrics_are_those_of_the_samples(devices):
   run = dense.build(CASE, plan_of(CASE, devices, "mixed"))
   batches = inputs.one_ahead(scored(run))
-  got = evaluate(run, batches, SAMPLES, quiet)
+  printed = []
+  got = evaluate(run, batches, SAMPLES, printed.append)
+  assert printed[-1].startswith(f"evaluate: {SAMPLES} samples, ")
   logits, labels = logits_of(run)
   run.store.close()
   loss = np.mean(np.logaddexp(0, logits) - labels * logits)
