@@ -25,7 +25,8 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEP, VISIT = "training/test_step.py", "training/test_visiting.py"
+STEP = "training/test_step.py::test_one_group_equals_one_dense_table"
+VISIT = "training/test_visiting.py"
 EXCHANGE, PLAN = "embedding/test_exchange.py", "planner/test_write_plan.py"
 CUTS, COST = "planner/test_cut_points.py", "planner/test_step_cost.py"
 # Module -> the tests that should notice: one file, and others for survivors.
@@ -52,7 +53,7 @@ TESTS = {
   "training/visiting": (VISIT, STEP),
   "training/look_ahead": (VISIT, STEP),
   "planner/step_cost": (COST, CUTS, PLAN),
-  "planner/traffic": (COST, CUTS, PLAN),
+  "planner/traffic": ("planner/test_traffic.py", COST, CUTS),
   "planner/cut_points": (CUTS, "planner/test_joint_cuts.py"),
   "planner/problem": ("planner/test_problem.py", CUTS, COST),
 }
