@@ -52,7 +52,7 @@ TESTS = {
   "training/metrics": ("training/test_metrics.py",),
   "training/visiting": (VISIT, STEP),
   "training/look_ahead": (VISIT, STEP),
-  "planner/step_cost": (COST, CUTS, PLAN),
+  "planner/step_cost": ("planner/test_step_terms.py", COST, PLAN),
   "planner/traffic": ("planner/test_traffic.py", COST, CUTS),
   "planner/cut_points": (CUTS, "planner/test_joint_cuts.py"),
   "planner/problem": ("planner/test_problem.py", CUTS, COST),
