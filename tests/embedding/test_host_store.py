@@ -1,5 +1,6 @@
 """The host store: rows in memory and in files, its queue, what it refuses."""
 
+import functools
 import os
 import threading
 import time
@@ -65,7 +66,12 @@ def test_what_was_written_is_read(
   stored.write(at, numbered(stored, at + 300))
   values = np.where(np.isin(everything, at), everything + 300, everything)
   got = stored.block(0, stored.records)
-  jax.tree.map(np.testing.assert_array_equal, got, numbered(stored, values))
+  equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  equal(got, numbered(stored, values))
+  # In a row, alone, with gaps, and with gaps behind the second one.
+  for some in (everything[3:7], at, np.array([0, 3, 5, 9])):
+    if len(some) and some[-1] < stored.records:
+      equal(stored.copy(some), numbered(stored, values[some]))
   store.close()
 
 
