@@ -78,6 +78,13 @@ def test_touched_replicas_are_shared(rate, want):
   assert passed(GATHERED, rate) == pytest.approx(want)
 
 
+def test_one_device_has_no_peers_whose_rows_it_adds():
+  alone = {"devices": 1, "batch_size": 16}
+  assert passed(GATHERED, "sort", **alone) == pytest.approx(160)
+  added = 160 * 64 + 2 * 36
+  assert passed(GATHERED, "cached_add", **alone) == pytest.approx(added)
+
+
 @pytest.mark.parametrize(
   ("rate", "want"),
   [
