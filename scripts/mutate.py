@@ -31,9 +31,9 @@ EXCHANGE, PLAN = "embedding/test_exchange.py", "planner/test_write_plan.py"
 CUTS, COST = "planner/test_cut_points.py", "planner/test_step_cost.py"
 # Module -> the tests that should notice: one file, and others for survivors.
 TESTS = {
-  "embedding/exchange": (EXCHANGE, STEP),
+  "embedding/exchange": (EXCHANGE, "training/test_step.py"),
   "embedding/lookup": ("embedding/test_lookup.py", STEP),
-  "embedding/update": (EXCHANGE, STEP),
+  "embedding/update": (STEP, EXCHANGE),
   "embedding/tables": ("embedding/test_tables.py", STEP),
   "embedding/coalesce": ("embedding/test_coalesce.py", STEP),
   "embedding/buckets": ("embedding/test_buckets.py", STEP),
@@ -50,7 +50,7 @@ TESTS = {
   ),
   "training/evaluate": ("training/test_evaluate.py",),
   "training/metrics": ("training/test_metrics.py",),
-  "training/visiting": (VISIT, STEP),
+  "training/visiting": (VISIT, "test_api.py"),
   "training/look_ahead": (VISIT, STEP),
   "planner/step_cost": ("planner/test_step_terms.py", COST, PLAN),
   "planner/traffic": ("planner/test_traffic.py", COST, CUTS),

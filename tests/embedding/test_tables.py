@@ -179,6 +179,12 @@ def on_devices(plan: Plan) -> Plan:
   return dataclasses.replace(plan, groups=groups)
 
 
+def test_a_block_has_a_row_of_each_owner_at_least():
+  tier = helpers.make_group(8, 20, 0, 20).tier("warm")
+  assert list(tables.blocks(tier, 1)) == [(0, 1), (1, 1), (2, 1)]
+  assert list(tables.blocks(tier, 17)) == [(0, 2), (2, 1)]
+
+
 @pytest.mark.parametrize("block_rows", [100, 10_000])
 @pytest.mark.parametrize("name", PLANS)
 def test_fill_writes_every_rank_once_in_bounded_blocks(name, block_rows):
