@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet as pq
 
-from recjax import config_check, errors, jobs
+from recjax import config_check, errors, folders, jobs
 from recjax.config import Config
 from recjax.data import prepare as prepare_lib
 from recjax.data import vocabulary
@@ -66,7 +66,7 @@ def prepare(config: Config, workdir: Path, report: Report = print) -> Prepared:
     UserError: bad config, damaged or missing logs, a full disk.
   """
   config_check.check(config)
-  return jobs.prepare(config, pathlib.Path(workdir).absolute(), report)
+  return jobs.prepare(config, folders.named(workdir, "workdir"), report)
 
 
 def prepare_columns(
@@ -98,7 +98,7 @@ def prepare_columns(
   """
   config_check.check(config)
   log = from_columns(columns, label, dense, features)
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = folders.named(workdir, "workdir")
   with errors.of_the_system(f"preparing {workdir}"), writing(workdir):
     return prepare_lib.prepare(config, str(workdir / "data"), report, log)
 
@@ -116,7 +116,7 @@ def make_plan(
   Raises:
     UserError: no budget that works.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = folders.named(workdir, "workdir")
   return jobs.plan(config, prepared, workdir, report, serving=serving)[0]
 
 
@@ -153,7 +153,7 @@ def train(
   Goes on from the newest checkpoint there. Returns the run with its last state,
   and the test split's metrics.
   """
-  workdir = pathlib.Path(workdir).absolute()
+  workdir = folders.named(workdir, "workdir")
   here = jax.process_index() == 0
   with errors.of_the_system(f"training in {workdir}"), writing(workdir, here):
     return train_lib.train(config, prepared, run, workdir, report)
@@ -188,7 +188,7 @@ def restore(
   Raises:
     UserError: there is none, it is damaged, or of something else.
   """
-  directory = pathlib.Path(workdir).absolute() / "checkpoints"
+  directory = folders.named(workdir, "workdir") / "checkpoints"
   found = checkpoint.newest(directory) if step is None else step
   if found is None:
     raise UserError(f"{directory} holds no checkpoint; train first")

@@ -12,7 +12,7 @@ import threading
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from recjax import config_check, malloc
+from recjax import config_check, folders, malloc
 from recjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -65,12 +65,13 @@ def main(_: list[str]) -> None:
 
   job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
   try:
+    folder = folders.named(workdir, "--workdir")
     with distributed.job(*job) as (index, count):
       if _MODE.value != "plan":  # which answers for more than there can be
         mesh.simulate_devices(config.mesh.devices, count)
       report = lambda s: None if index else print(s, flush=True)
       mode = jobs.MODES[_MODE.value]
-      mode(config, pathlib.Path(workdir).absolute(), report)
+      mode(config, folder, report)
   except UserError as e:
     print(f"error: {e}", file=sys.stderr, flush=True)
     sys.stdout.flush()
@@ -94,14 +95,15 @@ def find_config(given: str) -> str:
   are recjax's own, wherever recjax is installed.
 
   Raises:
-    UserError: a plain name that neither a file nor a config of recjax has.
+    UserError: a plain name that neither a file nor a config of recjax has; a
+      path that ml_collections would cut.
   """
   if pathlib.Path(given).is_file():
-    return given
+    return _whole(given)
   own = own_configs()
   for name, path in own.items():
     if given in (name, f"configs/{name}.py"):
-      return str(path)
+      return _whole(str(path))
   if re.fullmatch(r"\w+", given):
     raise UserError(
       f"--config: there is no file {given!r}, and recjax has no config of that "
@@ -110,13 +112,23 @@ def find_config(given: str) -> str:
   return given
 
 
+def _whole(path: str) -> str:
+  """Returns the path of a config file, where ml_collections takes all of it."""
+  if ":" in path:
+    raise UserError(
+      f"--config: {path!r} has ':' in it, which begins an argument of the "
+      "config file; use a path without"
+    )
+  return path
+
+
 def _with_own_configs(argv: list[str]) -> list[str]:
   """Returns argv with --config's value as a path; see `find_config`."""
   out = list(argv)
   for i, arg in enumerate(argv):
     if re.fullmatch(r"--?config", arg) and i + 1 < len(argv):
       out[i + 1] = find_config(argv[i + 1])
-    elif found := re.fullmatch(r"(--?config=)(.*)", arg):
+    elif found := re.fullmatch(r"(--?config=)(.*)", arg, re.DOTALL):
       out[i] = found[1] + find_config(found[2])
   return out
 

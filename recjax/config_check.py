@@ -154,6 +154,8 @@ def _check_type(path: str, value: typing.Any, cls: type) -> None:
     raise UserError(
       f"{path}: {value!r} is a {type(value).__name__}, expected {cls.__name__}"
     )
+  elif cls is str and "\0" in value:
+    raise UserError(f"{path}: {value!r} holds a NUL, which no name may hold")
 
 
 def _check_bounds(path: str, value: typing.Any, bounds: Mapping) -> None:

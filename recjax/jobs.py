@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from recjax import distributed, errors, frequency, writer_lock
+from recjax import distributed, errors, folders, frequency, writer_lock
 from recjax import mesh as mesh_lib
 from recjax.config import Config
 from recjax.data import prepare as prepare_lib
@@ -178,6 +178,8 @@ def train(
     raise UserError(
       "plan.serving: a plan for serving cannot train; use it with --mode=plan"
     )
+  if config.train.start_from:
+    folders.named(config.train.start_from, "train.start_from")
   with errors.of_the_system(f"training in {workdir}"), _writing(workdir):
     prepared, run, draw = _begin(config, workdir, report)
     run, result = train_lib.train(config, prepared, run, workdir, report)

@@ -46,6 +46,15 @@ def test_a_config_by_name_or_path(tmp_path, monkeypatch):
     assert cli.find_config(missing) == missing
 
 
+def test_a_path_that_would_be_cut_is_an_error(tmp_path, monkeypatch):
+  """ml_collections gives get_config() what comes after the first colon."""
+  monkeypatch.chdir(tmp_path)
+  pathlib.Path("a:b.py").touch()
+  with pytest.raises(UserError, match=r"^--config: 'a:b\.py' has ':' in it"):
+    cli.find_config("a:b.py")
+  assert cli.find_config("a.py:b") == "a.py:b"  # an argument
+
+
 def test_an_unknown_name_is_an_error():
   names = ", ".join(cli.own_configs())
   pattern = f"no file 'quikstart'.*it has {re.escape(names)}$"

@@ -132,6 +132,7 @@ def changed(path: str, value) -> Config:
     ("train.batch_size", 2.5, ["2.5 is a float", "expected int"]),
     ("train.learning_rate", "0.1", ["'0.1' is a str", "expected float"]),
     ("data.train", None, ["None is a NoneType", "expected str"]),
+    ("plan.host_store_dir", "a\0", ["'a\\x00' holds a NUL"]),
     ("model.top", [64, 32], ["[64, 32] is not a tuple of int"]),
     ("model.top", (64, 3.5), ["(64, 3.5) is not a tuple of int"]),
     ("data.synthetic.hotness", 3, ["3 is not a tuple of int"]),

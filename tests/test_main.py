@@ -61,6 +61,10 @@ CASES = {
     (*CONFIG, "--config.train.batch_size=0"),
     ["train.batch_size", "at least 1"],
   ),
+  "workdir of a pattern": (
+    (*CONFIG, "--workdir", "{tmp}/a[1]"),
+    ["--workdir: ", "'['", "Orbax", "another name"],
+  ),
   "unknown mode": ((*CONFIG, "--mode", "tran"), ["mode", "tran", "train"]),
   "unknown flag": ((*CONFIG, "--workdri=x"), ["workdri", "workdir"]),
   "typo in the file": (

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -14,9 +14,15 @@ from recjax.training.row_checks import sum_of_rows
 AT = "at"  # name of the array of changed rows' places in their tier
 
 
+def _item(path: pathlib.Path) -> dict[str, Any]:
+  """Returns where an Orbax item is, by its path: a URL ends at a `#` or `?`."""
+  base = {"driver": "file", "path": f"{path}/"}
+  return {"driver": "ocdbt", "base": base}
+
+
 def _open(path: pathlib.Path, name: str) -> ts.TensorStore:
   """Opens an array of an Orbax item, to read."""
-  store = {"driver": "ocdbt", "base": f"file://{path}/", "path": f"{name}/"}
+  store = _item(path) | {"path": f"{name}/"}
   return ts.open({"driver": "zarr", "kvstore": store}, read=True).result()
 
 
@@ -36,9 +42,8 @@ def check_readable(path: pathlib.Path) -> None:
   Orbax reads all arrays at once, and where one fails the others print their
   tracebacks when its event loop is gone.
   """
-  store = {"driver": "ocdbt", "base": f"file://{path}/"}
   suffix = "/.zarray"
-  for key in ts.KvStore.open(store).result().list().result():
+  for key in ts.KvStore.open(_item(path)).result().list().result():
     if key.decode().endswith(suffix):
       _open(path, key.decode().removesuffix(suffix)).read().result()
 

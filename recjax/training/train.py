@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recjax import distributed
+from recjax import distributed, folders
 from recjax.config import Config
 from recjax.data.prepared import Prepared, copy_vocabulary
 from recjax.errors import UserError
@@ -151,7 +151,7 @@ def _begin_from(
 
   Its steps are counted on, as optimizers do; schedules and data begin anew.
   """
-  directory = pathlib.Path(workdir).absolute() / "checkpoints"
+  directory = folders.named(workdir, "train.start_from") / "checkpoints"
   step = checkpoint.newest(directory)
   if step is None:
     raise UserError(f"train.start_from: {directory} holds no checkpoint")

@@ -114,10 +114,12 @@ def test_first_values_are_those_of_their_ranks(dtype, tmp_path):
 def test_files_end_with_the_process(tmp_path):
   """They have no name: nothing is left behind, however it ends."""
   before = os.statvfs(tmp_path).f_bavail
-  store = HostStore(embedding_of(10**6, rows=10**6 + 400), [0], str(tmp_path))
+  folder = tmp_path / "[1] *?#%41\\"  # a name, whatever is in it
+  store = HostStore(embedding_of(10**6, rows=10**6 + 400), [0], str(folder))
   size = store.groups["g"].parts[-1].rows.nbytes
   assert size > 2 << 20
-  assert os.listdir(tmp_path) == []
+  assert os.listdir(folder) == []
+  assert os.listdir(tmp_path) == [folder.name]
   del before, store
 
 

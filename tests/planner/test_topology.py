@@ -5,7 +5,7 @@ import os
 import pytest
 
 from recjax.errors import UserError
-from recjax.planner import topology
+from recjax.planner import presets, topology
 
 RAM = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 GB = 1 << 30
@@ -49,3 +49,10 @@ def test_the_budget_of_an_ssd_is_what_is_free_where_rows_go(tmp_path):
   (tmp_path / "file").write_text("")
   with pytest.raises(UserError, match=r"plan\.host_store_dir: .*/file is no"):
     topology.ssd_budget(7, str(tmp_path / "file" / "under"))
+
+
+def test_a_file_may_have_any_name(tmp_path):
+  wanted = presets.get("h100", 8)
+  for name in ("[1]*?", "#%41\\", "~", "a:b\n", "file:x", "\udce9"):
+    topology.save(wanted, tmp_path / name)
+    assert presets.get(str(tmp_path / name), 8) == wanted

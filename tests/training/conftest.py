@@ -6,8 +6,11 @@ import pytest
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-  """(directory, {step: whole state}) of a run of one group."""
-  directory = tmp_path_factory.mktemp("run") / "checkpoints"
+  """(directory, {step: whole state}) of a run of one group.
+
+  Its name would be cut or changed where a path is taken for a URL.
+  """
+  directory = tmp_path_factory.mktemp("run") / "#1 %41 {b}'" / "checkpoints"
   return directory, lib.save_while_training(directory, "mixed")
 
 
