@@ -57,7 +57,7 @@ class Data:
   """The logs, and how they are prepared."""
 
   format: str = _choice("criteo", "movielens", "synthetic")
-  train: str = ""  # path, or globs: a,b
+  train: str = ""  # path, or globs: a,b; a comma of a name is [,]
   test: str = ""  # the same; "" = the last part of train
   test_fraction: float = _number(0.1, between=(0, 1))
   seed: int = _number(0, at_least=0)  # of a random split, and of the teacher

@@ -14,7 +14,8 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
   """Finds the files of a path or glob, in natural order: day_2, then day_10.
 
   Args:
-    pattern: a path; or a glob, or several with commas between them.
+    pattern: a path; or a glob, or several with commas between them. A comma of
+      a name is `[,]`, as a bracket is `[[]`.
     field: of the config that gave it, for errors.
 
   Raises:
@@ -23,7 +24,8 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
   if not pattern:
     raise UserError(f"{field} is empty: give the path or glob of the log")
   paths = [pattern] if os.path.exists(pattern) else []
-  for one in () if paths else pattern.split(","):
+  globs = re.split(r"(?<!\[),|,(?!\])", pattern)
+  for one in () if paths else globs:
     found = [one] if os.path.exists(one) else glob.glob(one)
     if not found:
       what = "matches no file" if glob.has_magic(one) else "does not exist"
@@ -37,9 +39,14 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
 
   def natural(path: str) -> tuple[list[int | str], str]:
     parts = re.split(r"(\d+)", path)
-    return [int(p) if p.isdigit() else p for p in parts], path
+    return [int(p) if i % 2 else p for i, p in enumerate(parts)], path
 
   return tuple(sorted(paths, key=natural))
+
+
+def escape(path: str) -> str:
+  """Returns the pattern that finds the path of this name alone."""
+  return glob.escape(path).replace(",", "[,]")
 
 
 def check_apart(sources: Mapping[str, tuple[str, ...]]) -> None:

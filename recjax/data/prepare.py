@@ -12,7 +12,6 @@ Four passes, each streaming with bounded memory:
 
 import dataclasses
 import errno
-import glob
 import json
 import os
 import shutil
@@ -240,7 +239,7 @@ def _stage(
   if data.format == "synthetic" and not isinstance(reader, Columns):
     logs = os.path.join(directory, "logs")
     synthetic.write(data, logs, report)
-    written = os.path.join(glob.escape(logs), "*.tsv")
+    written = os.path.join(log_files.escape(logs), "*.tsv")
     data = dataclasses.replace(data, train=written)
   staged = staging.write(data, reader, directory, report)
   content = {"settings": key, "staged": dataclasses.asdict(staged)}

@@ -2,9 +2,13 @@
 
 import os
 import socket
+import string
+import tempfile
 
 import pytest
 from helpers_data import config, content, log, quiet
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from recjax.data import log_files, prepare
 from recjax.errors import UserError
@@ -56,6 +60,22 @@ def test_a_name_is_a_name_before_it_is_a_pattern(tmp_path):
   for name in ("a[1].tsv", "b,c", "*"):
     path = str(tmp_path / name)
     assert log_files.find(path, "data.train") == (path,)
+
+
+@given(st.text(set(string.printable) - {"/"}, min_size=1, max_size=9))
+@example("a[1],b")
+@example("[,]")
+@example("1\u00b22")  # a digit that is no number
+def test_an_escaped_name_is_found_alone(name):
+  with tempfile.TemporaryDirectory() as root:
+    folder = os.path.join(root, f"x{name}")
+    for beside in (folder, os.path.join(root, "x1"), os.path.join(root, "x,")):
+      os.makedirs(beside, exist_ok=True)
+      for i in (10, 9):
+        with open(os.path.join(beside, f"day_{i}"), "w") as f:
+          f.write("a line")
+    found = log_files.find(f"{log_files.escape(folder)}/day_*", "data.train")
+    assert found == tuple(os.path.join(folder, f"day_{i}") for i in (9, 10))
 
 
 @pytest.mark.parametrize("how", ["same", "link", "hard link", "packed", "dots"])
