@@ -25,6 +25,7 @@ from recjax.errors import UserError
 CHUNK_BYTES = 1 << 25  # of text; a longer line is an error
 LINES = 1 << 18  # parsed together at most
 _PIECE_BYTES = 1 << 20  # unpacked at a time
+_MARK = b"\xef\xbb\xbf"  # byte order mark: a file may begin with one
 
 
 @dataclasses.dataclass
@@ -80,6 +81,8 @@ def _blocks(path: str) -> Iterator[tuple[int, bytes, int]]:
       if not data:
         break
       data = rest + data
+      if line == 1:
+        data = data.removeprefix(_MARK)
       end = data.rfind(b"\n") + 1
       if not end and len(data) > CHUNK_BYTES:
         raise UserError(
@@ -154,6 +157,9 @@ _TYPES = {
 
 def _parse(block: bytes, columns: Columns) -> Any:
   """Parses and converts the lines; pa.ArrowInvalid where one is damaged."""
+  # PyArrow drops a mark where the text that it is given begins.
+  if block.startswith(_MARK) or b"\n" + _MARK in block:
+    raise pa.ArrowInvalid("a byte order mark inside the file")
   lines = block.count(b"\n")
   if columns.separator != b"\t":
     block = block.replace(b"\t", b" ").replace(columns.separator, b"\t")
@@ -257,6 +263,8 @@ def _explain(
   fields = line.rstrip(b"\r\n").split(columns.separator)
   if len(fields) != len(names):
     return "", f"{len(fields)} fields where {len(names)} are expected"
+  if line.startswith(_MARK):
+    return names[0], f"{shown(fields[0])} begins with a byte order mark"
   for name, field in zip(names, fields, strict=True):
     if b"\r" in field:
       return name, f"{shown(field)} holds a carriage return"

@@ -76,6 +76,27 @@ def test_line_numbers_hold_in_every_block(tmp_path, monkeypatch):
   assert [(line, f) for _, line, f, _ in bad.lines] == [(58, "I3"), (99, "")]
 
 
+MARK = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_byte_order_mark_opens_a_file_and_no_other_line(
+  tmp_path, monkeypatch, blocks
+):
+  path = tmp_path / "log.tsv"
+  lines = [MARK + GOOD, GOOD, MARK + GOOD, GOOD, MARK + GOOD, GOOD]
+  path.write_bytes(b"".join(lines))
+  monkeypatch.setattr(text_lib, "CHUNK_BYTES", 6 * len(GOOD) // blocks)
+  label, _, _, bad = read(path, limit=2)
+  assert len(label) == 4
+  assert [(line, f) for _, line, f, _ in bad.lines] == [
+    (3, "label"),
+    (5, "label"),
+  ]
+  with pytest.raises(UserError, match=r"line 3, field label: .*order mark"):
+    read(path)
+
+
 def test_an_endless_line_is_an_error(tmp_path, monkeypatch):
   monkeypatch.setattr(text_lib, "CHUNK_BYTES", 1_000)
   path = tmp_path / "log.bin"
