@@ -29,8 +29,14 @@ class UserError(Exception):
   """Bad config, data, plan or checkpoint: one message, exit code not 0.
 
   The message names the field, the file and line or the table, says what was
-  found, and what to do. main.py prints it without a traceback.
+  found, and what to do. main.py prints it without a traceback. It is one line
+  of what a terminal shows, whatever was found: a path may hold a line's end.
   """
+
+  def __str__(self) -> str:
+    """Returns the message, with escapes for what is not printable."""
+    shown = lambda c: c if c.isprintable() else repr(c)[1:-1]
+    return "".join(map(shown, super().__str__()))
 
 
 @contextlib.contextmanager
