@@ -12,7 +12,7 @@ import threading
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from recjax import config_check, folders, malloc
+from recjax import config_check, folders, malloc, signals
 from recjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -31,7 +31,11 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
 
 
 def run() -> None:
-  """Runs the command line of this process; exits with 1 after a UserError."""
+  """Runs the command line of this process; exits with 1 after a UserError.
+
+  With 143 after SIGTERM and 130 after Ctrl-C: see signals.py.
+  """
+  signals.listen()
   holders = _CONFIG, _WORKDIR, _MODE, _COORDINATOR, _PROCESSES, _PROCESS_ID
   for holder in holders:  # so that --help shows them
     flag = flags.FLAGS[holder.name]
@@ -62,16 +66,30 @@ def main(_: list[str]) -> None:
   _leave_errors_to_the_main_thread()
   malloc.keep_freed_memory()
   from recjax import distributed, jobs, mesh  # JAX, after the flags
+  from recjax.training import same_run
 
   job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+  settings = {
+    f"--config.{path}": same_run.as_json(value)
+    for path, value in same_run.flat(config).items()
+    if path != "plan.host_store_dir"  # each machine's own
+  } | {"--mode": _MODE.value}
+  index = 0
   try:
     folder = folders.named(workdir, "--workdir")
-    with distributed.job(*job) as (index, count):
+    with distributed.job(*job, settings=settings, workdir=folder) as (
+      index,
+      count,
+    ):
       if _MODE.value != "plan":  # which answers for more than there can be
         mesh.simulate_devices(config.mesh.devices, count)
       report = lambda s: None if index else print(s, flush=True)
       mode = jobs.MODES[_MODE.value]
       mode(config, folder, report)
+  except signals.Ended as e:
+    if index == 0:
+      signals.say(str(e))
+    sys.exit(signals.code(e.signum))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr, flush=True)
     sys.stdout.flush()

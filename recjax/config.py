@@ -192,7 +192,8 @@ class Train:
 class Checkpoint:
   """When checkpoints are written, how many are kept, which is read."""
 
-  every_steps: int = _number(0, at_least=0)  # 0 = only at the end
+  every_steps: int = _number(0, at_least=0)  # 0 = by time, and at the end
+  every_minutes: float = _number(10.0, at_least=0)  # as well; 0 = never
   keep: int = _number(2, at_least=1)
   # Every so many saves one holds all rows of host memory and SSD; the others
   # hold those that were written since, and need the full one.

@@ -4,7 +4,8 @@
 
 What follows `--` goes to main.py. Shows what process 0 prints. Where one
 process fails, all end: what the first to fail said is shown, and the exit code
-is 1. Start it again, and it goes on from the newest checkpoint.
+is 1; SIGTERM and Ctrl-C end all, with 143 and 130. Start it again, and it goes
+on from the newest checkpoint.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import IO
 
 ROOT = pathlib.Path(__file__).parents[1]
 _LOST = os.EX_TEMPFAIL  # a process ended because another one did
+_ENDED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
 _SETTLE_SECONDS = 5  # for the others to say why they end
 
 
@@ -36,11 +38,11 @@ def main() -> int:
   with tempfile.TemporaryDirectory() as tmp:
     logs = [pathlib.Path(tmp) / str(i) for i in range(args.processes)]
     processes = start(args.processes, args.arguments, logs)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    # Process 0 decides for all; a terminal sends Ctrl-C to all by itself.
+    signal.signal(signal.SIGTERM, lambda *_: processes[0].terminate())
+    signal.signal(signal.SIGINT, lambda *_: None)
     try:
       return wait(processes, logs)
-    except KeyboardInterrupt:
-      return 1
     finally:
       for process in processes:
         process.kill()
@@ -99,6 +101,11 @@ def wait(processes: list[subprocess.Popen], logs: list[pathlib.Path]) -> int:
 def explain(processes: list[subprocess.Popen], logs: list[pathlib.Path]) -> int:
   """Prints why the job failed; returns 1."""
   codes = [p.poll() for p in processes]
+  if ended := [c for c in codes if c in _ENDED]:
+    for process in processes:
+      process.wait()
+    print(logs[0].read_text(errors="replace").strip(), file=sys.stderr)
+    return ended[0]
   until = time.monotonic() + _SETTLE_SECONDS
   while None in codes and time.monotonic() < until:
     time.sleep(0.1)

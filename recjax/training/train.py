@@ -8,11 +8,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from recjax import distributed, folders
+from recjax import distributed, folders, signals
 from recjax.config import Config
 from recjax.data.prepared import Prepared, copy_vocabulary
 from recjax.errors import UserError
-from recjax.training import checkpoint, checksums, inputs, same_run, step_log
+from recjax.training import (
+  checkpoint,
+  checksums,
+  inputs,
+  same_run,
+  saves,
+  step_log,
+)
 from recjax.training.checkpoint import About
 from recjax.training.evaluate import evaluate
 from recjax.training.state import At, Run
@@ -41,6 +48,7 @@ def train(
 
   Raises:
     UserError: a checkpoint of something else; the loss is not finite.
+    signals.Ended: where the command line listens, and the run is saved.
   """
   # ---- Newest checkpoint, data
   run, at = _resume(config, prepared, run, workdir, report)
@@ -64,34 +72,35 @@ def train(
       about = About(run.identity, here, *checks, prepared.profile)
       checkpoint.save(saver, step, now, about, every)
 
-    expected = plan.prediction.distinct_rows
     log = step_log.StepLog(
       config.train,
       steps,
       at.step,
-      expected,
+      plan.prediction.distinct_rows,
       write=write,
       report=report,
       saver=saver,
       directory=directory,
     )
     feed = inputs.fed(data, run, steps - at.step)
-    for step, batch in enumerate(feed, at.step + 1):
-      state, out = run.step(state, batch)
-      log.add(step, out)
-      every = config.checkpoint.every_steps
-      if step == steps or (every and step % every == 0):
-        log.flush()  # a run whose loss is not finite ends, and is not saved
-        save(step, batch)
-    saver.wait_until_finished()
+    when = saves.Saves(config.checkpoint, steps, saver)
+    with signals.saving(when.said) as may_save:
+      for step, batch in enumerate(feed, at.step + 1):
+        state, out = run.step(state, batch)
+        may_save()
+        log.add(step, out)
+        if when.due(step):
+          log.flush()  # a run whose loss is not finite ends, and is not saved
+          save(step, batch)
+          when.done()
+        if when.ended_by:
+          break
+      saver.wait_until_finished()
+      when.end()
 
     # ---- Evaluate
     run = run._replace(state=state)
-    if at.step == steps:
-      described = same_run.described(run.identity.settings)
-      report(f"finished before, at step {steps:,} of {steps:,}: {described}")
-    test = inputs.scored_batches(run, prepared)
-    result = evaluate(run, test, prepared.samples["test"], report)
+    result = _evaluate(prepared, run, at.step == steps, report)
     write(steps, "test", result)
   return run, result
 
@@ -100,6 +109,18 @@ def _logits(run: Run, batch) -> jax.Array:  # [B]
   """Scores a batch of `inputs.fed` once more."""
   mask = jnp.ones_like(batch["label"])
   return run.forward(run.state, batch | {"mask": mask})[0]
+
+
+def _evaluate(
+  prepared: Prepared, run: Run, before: bool, report: Report
+) -> dict[str, float]:
+  """Evaluates a run that is done, maybe before this one began."""
+  if before:
+    described = same_run.described(run.identity.settings)
+    step = int(run.state.step)
+    report(f"finished before, at step {step:,} of {step:,}: {described}")
+  test = inputs.scored_batches(run, prepared)
+  return evaluate(run, test, prepared.samples["test"], report)
 
 
 def _check_end(step: int, steps: int, workdir: pathlib.Path) -> None:
