@@ -213,6 +213,8 @@ class _Host:
     while self._missing() and time.monotonic() < until:
       with contextlib.suppress(UserError):
         self._accept(server, error)
+    for connection in (*self._found.values(), *self._refused):
+      connection.close()
 
 
 def _listen(job: Job, until: float) -> socket.socket:
@@ -299,6 +301,7 @@ def _join(job: Job, until: float) -> socket.socket:
       "and start all of them again"
     ) from e
   if "error" in answer:
+    connection.close()
     raise UserError(answer["error"])
   connection.settimeout(None)
   return connection
