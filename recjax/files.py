@@ -23,10 +23,15 @@ def read_json(path: Path) -> Any:
     OSError: there is none, or it is not to be read.
     ValueError: it is no file, no JSON, or nested too deep.
   """
-  if os.path.exists(path) and not os.path.isfile(path):
-    raise ValueError(f"{path} is not a file")
+  check_regular(path)
   with open(path, "rb") as f:
     return parse_json(f.read())
+
+
+def check_regular(path: Path) -> None:
+  """Raises ValueError for a folder, a pipe, a device: they may never end."""
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise ValueError(f"{path} is not a file")
 
 
 def parse_json(text: str | bytes) -> Any:

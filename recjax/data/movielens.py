@@ -203,7 +203,13 @@ def _side(path: str, fields: int, damaged: DamagedLines) -> list[list[str]]:
   """
   rows = []
   with open(path, encoding="latin-1") as file:
-    for number, line in enumerate(file, start=1):
+    lines = iter(lambda: file.readline(text.CHUNK_BYTES + 1), "")
+    for number, line in enumerate(lines, start=1):
+      if len(line) > text.CHUNK_BYTES:
+        raise UserError(
+          f"{path}, line {number}: longer than {text.CHUNK_BYTES:,} bytes;"
+          " is this a table in text form?"
+        )
       row = line.rstrip("\r\n").split("::")
       if len(row) == fields:
         rows.append(row)

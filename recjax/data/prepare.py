@@ -232,7 +232,7 @@ def _stage(
   done = os.path.join(folder, "staged.json")
   key = settings | {"data.max_bad_rows": data.max_bad_rows}
   found = _read_json(done)
-  if found and found["settings"] == key and "staged" in found:
+  if found and found.get("settings") == key and "staged" in found:
     return Staged(**found["staged"])
   _remove(directory)
   os.makedirs(folder)
@@ -315,7 +315,7 @@ def _count(
   """Writes the vocabulary, where that is not done; returns its fingerprint."""
   done = os.path.join(chunks.folder, "counted.json")
   found = _read_json(done)
-  if found is None:
+  if found is None or "vocabulary" not in found:
     found = {
       "vocabulary": vocabulary.count(
         engine,
@@ -343,8 +343,9 @@ def _pack(
 
 
 def _read_json(path: str) -> dict[str, Any] | None:
-  """Reads a JSON file; None where there is none."""
+  """Reads what a pass left; None where there is nothing, or it is damaged."""
   try:
-    return files.read_json(path)
-  except FileNotFoundError:
+    found = files.read_json(path)
+  except (FileNotFoundError, ValueError):
     return None
+  return found if isinstance(found, dict) else None

@@ -106,6 +106,11 @@ def _check(found: dict[str, Any], directory: str) -> None:
   said = found.pop("hash", None)
   if said != files.hash_of_json(found):
     raise ValueError(f"{_FILE} is not what was written")
+  for _, path in _files(directory):
+    files.check_regular(path)
+  for name in ("samples", "settings", "logs", "sizes"):
+    if not isinstance(found[name], dict):
+      raise ValueError(f"{name} is {str(found[name])[:60]}")
   for name, size in found["sizes"].items():
     there = os.path.getsize(os.path.join(directory, name))
     if there != size:

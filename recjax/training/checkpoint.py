@@ -15,7 +15,6 @@ for each row of a differential save.
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from typing import Any
 
@@ -95,8 +94,8 @@ def manager(
 def _full_step(directory: pathlib.Path, step: int) -> int:
   """Returns which step's rows a step needs: its own where that is not known."""
   try:
-    text = (directory / str(step) / "meta" / "metadata").read_text()
-    return int(json.loads(text)["stored"]["full"])
+    found = files.read_json(directory / str(step) / "meta" / "metadata")
+    return int(found["stored"]["full"])
   except (OSError, ValueError, KeyError, TypeError):
     return step
 

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers_data import REAL, arrays, config, needs_real_data, quiet
 
-from recjax.data import movielens, prepare, vocabulary
+from recjax.data import movielens, prepare, text, vocabulary
 from recjax.errors import UserError
 
 
@@ -61,18 +61,28 @@ def test_movielens_errors(tmp_path):
     with pytest.raises(UserError, match=message):
       prepare.prepare(c, str(tmp_path / "p"), quiet)
   c = config(files, format="movielens", split="random")
-  for name, text, message in (
+  for name, line, message in (
     ("ratings.dat", "1::7::6::1\n", r"line 1, field rating: '6' is not 1, 2"),
     ("ratings.dat", "1::7::5\n", r"line 1: 3 fields where 4"),
     ("users.dat", "1::F\n", r"users\.dat, line 1: 2 fields where 5"),
   ):
     kept = (files / name).read_text()
-    (files / name).write_text(text)
+    (files / name).write_text(line)
     with pytest.raises(UserError, match=message):
       prepare.prepare(c, str(tmp_path / "p"), quiet)
     (files / name).write_text(kept)
   (files / "movies.dat").unlink()
   with pytest.raises(UserError, match=r"movies\.dat does not exist"):
+    prepare.prepare(c, str(tmp_path / "p"), quiet)
+
+
+def test_an_endless_line_beside_the_ratings(tmp_path, monkeypatch):
+  files = movielens_files(tmp_path / "ml")
+  monkeypatch.setattr(text, "CHUNK_BYTES", 1_000)
+  with open(files / "users.dat", "a") as f:
+    f.write("x" * 1_001)
+  c = config(files, format="movielens")
+  with pytest.raises(UserError, match=r"users\.dat, line 3: longer than 1,000"):
     prepare.prepare(c, str(tmp_path / "p"), quiet)
 
 
