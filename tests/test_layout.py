@@ -144,3 +144,11 @@ def test_a_file_never_unpickles(path):
 def test_test_files_do_not_import_each_other(path):
   for imported in graph.imports(path):
     assert not imported.startswith(("test_", "tests."))
+
+
+def test_the_tests_that_security_md_names_are_there():
+  text = (ROOT / "SECURITY.md").read_text()
+  named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+  assert len(named) >= 8
+  for path, name in named:
+    assert f"def {name or 'test_'}" in (ROOT / path).read_text(), (path, name)

@@ -1,6 +1,9 @@
 """The files of a log: found, told apart, and known again."""
 
 import os
+import pathlib
+import re
+import shlex
 import socket
 import string
 import tempfile
@@ -12,6 +15,8 @@ from hypothesis import strategies as st
 
 from recjax.data import log_files, prepare
 from recjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_files_are_found_in_natural_order(tmp_path):
@@ -44,7 +49,6 @@ def test_special_files_are_refused(tmp_path):
 
 
 def test_several_globs(tmp_path):
-  """Of the days 0 to 23 that configs/criteo_terabyte.py trains on."""
   for i in range(24):
     (tmp_path / f"day_{i}").write_text("a line")
   globs = [f"{tmp_path}/day_{x}" for x in ("?", "1?", "2[0-2]")]
@@ -52,6 +56,27 @@ def test_several_globs(tmp_path):
   assert [os.path.basename(p) for p in found] == [f"day_{i}" for i in range(23)]
   with pytest.raises(UserError, match=r"data\.train: .*none\* matches no file"):
     log_files.find(f"{globs[0]},{tmp_path}/none*", "data.train")
+
+
+def test_the_documented_command_trains_on_all_days_but_its_test_day(tmp_path):
+  text = (ROOT / "configs" / "criteo_terabyte.py").read_text()
+  words = shlex.split(text.split("\n\n")[1])  # the command, in Python
+  patterns = dict(
+    re.fullmatch(r"--config\.(data\.\w+)=(.*)", word).groups()
+    for word in words
+    if word.startswith("--config.data.")
+  )
+  assert patterns.keys() == {"data.train", "data.test"}
+  for i in range(24):
+    (tmp_path / f"day_{i}").write_text("a line")
+  sources = {
+    field: log_files.find(pattern.replace("/1tb", str(tmp_path)), field)
+    for field, pattern in patterns.items()
+  }
+  log_files.check_apart(sources)
+  names = {k: [os.path.basename(p) for p in v] for k, v in sources.items()}
+  assert names["data.train"] == [f"day_{i}" for i in range(23)]
+  assert names["data.test"] == ["day_23"]
 
 
 def test_a_name_is_a_name_before_it_is_a_pattern(tmp_path):
