@@ -191,6 +191,21 @@ def test_a_window_of_the_log_says_how_many_steps_it_is_of(copied):
   assert found == [(10, 10), (12, 2), (14, 2)]
 
 
+# ---- Checkpoints by time
+
+
+@pytest.mark.parametrize(
+  ("minutes", "want"), [(1e-9, ["1", "2", "3"]), (60.0, ["3"]), (0.0, ["3"])]
+)
+def test_checkpoints_by_time(minutes, want, trained, tmp_path):
+  shutil.copytree(trained / "data", tmp_path / "data")
+  config = small_config(train__steps=3, checkpoint__keep=9)
+  config.checkpoint.every_minutes = minutes
+  jobs.train(config, tmp_path, quiet)
+  folder = tmp_path / "checkpoints"
+  assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == want
+
+
 # ---- Another run's weights
 
 
