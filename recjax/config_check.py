@@ -6,6 +6,7 @@ value may have the wrong type or lie outside of its bounds (config.py).
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -107,6 +108,12 @@ def _unknown(prefix: str, name: str, fields: dict, where: str) -> UserError:
 
 # ---- Values
 
+_MOST = 2**31 - 1  # of whole numbers that have no bound of their own
+
+
+def _as_tuple(value: typing.Any) -> tuple:
+  return value if isinstance(value, tuple) else (value,)
+
 
 def check(config: typing.Any, prefix: str = "") -> None:
   """Raises UserError for a value of the wrong type or outside of its bounds.
@@ -127,8 +134,9 @@ def check(config: typing.Any, prefix: str = "") -> None:
       "recjax.config.Config"
     ) from None
   for f in fields:
-    if f.type is float and type(getattr(config, f.name)) is int:
-      setattr(config, f.name, float(getattr(config, f.name)))
+    given = getattr(config, f.name)
+    if f.type is float and type(given) is int and abs(given) <= _MOST:
+      setattr(config, f.name, float(given))
     path, value = prefix + f.name, getattr(config, f.name)
     _check_type(path, value, f.type)
     _check_bounds(path, value, f.metadata)
@@ -167,10 +175,18 @@ def _check_bounds(path: str, value: typing.Any, bounds: Mapping) -> None:
     known = ", ".join(c or repr(c) for c in choices)
     raise UserError(f"{path}: {value!r} is not one of {known}{hint}")
   least, most = bounds.get("at_least"), bounds.get("at_most")
+  whole = [x for x in _as_tuple(value) if type(x) is int]
+  if most is None and whole:
+    most = _MOST
   if isinstance(value, tuple):
-    if least is not None and any(x < least for x in value):
-      raise UserError(f"{path}: {value} holds a number below {least}")
+    for x in whole:
+      if least is not None and x < least:
+        raise UserError(f"{path}: {value} holds a number below {least}")
+      if x > most:
+        raise UserError(f"{path}: {value} holds a number above {most}")
     return
+  if isinstance(value, float) and not math.isfinite(value):
+    raise UserError(f"{path}: {value} found, a finite number expected")
   # Not `value < least`, which nan is not either.
   if least is not None and not value >= least:
     raise UserError(f"{path}: {value} found, at least {least} expected")

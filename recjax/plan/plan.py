@@ -23,6 +23,7 @@ from typing import Any
 
 # Names, in rank order.
 HOT, WARM, COLD, FROZEN = TIERS = ("hot", "warm", "cold", "frozen")
+MOST_ADDRESSES = 2**31 - 1  # ids, ranks and addresses are int32
 VISITORS = "visitors"  # name of the stored rows' tier, as a step sees it
 
 
@@ -79,6 +80,13 @@ class Group:
   def rows(self) -> int:
     """Positions of the group: its rows, and the padding rows."""
     return sum(t.rows for t in self.tiers)
+
+  @property
+  def addresses(self) -> int:
+    """Addresses of the group, with the padding of shards: int32 at the step."""
+    return max(
+      (t.first + t.shard_rows * t.owners for t in self.tiers), default=0
+    )
 
   @property
   def stored(self) -> tuple[Tier, ...]:

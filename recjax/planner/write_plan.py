@@ -13,7 +13,7 @@ from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.errors import UserError
 from recjax.models.cost import DenseCost
-from recjax.plan.plan import Plan
+from recjax.plan.plan import MOST_ADDRESSES, Plan
 from recjax.planner import (
   baselines,
   batch_sizes,
@@ -97,6 +97,15 @@ def run(
     if assumed:
       report(assumed)
   plan = _solved(config, prepared, problems, groups, budgets)
+  for g in plan.groups:
+    if g.addresses > MOST_ADDRESSES:
+      raise UserError(
+        f"embedding: group {g.name} (tables {', '.join(g.tables)}) has "
+        f"{g.rows:,} rows, {g.addresses:,} with the padding of shards; at most "
+        f"{MOST_ADDRESSES:,} fit a group, whose ranks are int32: give some of "
+        "the tables another dim or optimizer by embedding.rules, or raise "
+        "data.min_count"
+      )
   placed = baselines.compare(
     problems, plan, budgets.device_bytes, budgets.all_hosts
   )

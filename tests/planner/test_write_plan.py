@@ -33,6 +33,21 @@ def only(plan):
   return group
 
 
+def test_more_rows_than_addresses_are_refused(tmp_path):
+  """Ranks are int32."""
+  c = Config()
+  c.data.rows = (2_000_000_000, 1_000_000_000)
+  c.plan.topology, c.plan.host_memory_mb = "dgx_h200", 2_000_000_000
+  with pytest.raises(
+    UserError, match=r"^embedding: group .* \(tables C1, C2\)"
+  ):
+    write_plan_of(c, tmp_path, 64)
+  assert not (tmp_path / "plan.json").exists()
+  c.data.rows = (2_000_000_000, 100_000_000)
+  plan, _ = write_plan_of(c, tmp_path, 64)
+  assert plan.rows == 2_100_000_000
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8, 64])
 def test_terabyte_before_there_is_data(tmp_path, devices):
