@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 
+import pyarrow
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -65,6 +66,7 @@ def main(_: list[str]) -> None:
   workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
   _leave_errors_to_the_main_thread()
   malloc.keep_freed_memory()
+  pyarrow.enable_signal_handlers(False)  # its readers would raise on Ctrl-C
   from recjax import distributed, jobs, mesh  # JAX, after the flags
   from recjax.training import same_run
 

@@ -64,7 +64,8 @@ def row_cost(problem) -> float:
   """The cost of a row in the dearest tier, with the tier's latencies."""
   n = problem.shape.devices
   sizes = problem.shape.files
-  page = sum(1 + size / 4096 for size in sizes) / n
+  # Of one device: what is next to no rows there is no less on many.
+  page = sum(1 + size / 4096 for size in sizes)
   one = [
     problem.evaluate(Traffic(1)),
     problem.evaluate(Traffic(0, n)),

@@ -97,15 +97,7 @@ def run(
     if assumed:
       report(assumed)
   plan = _solved(config, prepared, problems, groups, budgets)
-  for g in plan.groups:
-    if g.addresses > MOST_ADDRESSES:
-      raise UserError(
-        f"embedding: group {g.name} (tables {', '.join(g.tables)}) has "
-        f"{g.rows:,} rows, {g.addresses:,} with the padding of shards; at most "
-        f"{MOST_ADDRESSES:,} fit a group, whose ranks are int32: give some of "
-        "the tables another dim or optimizer by embedding.rules, or raise "
-        "data.min_count"
-      )
+  _check_addresses(plan)
   placed = baselines.compare(
     problems, plan, budgets.device_bytes, budgets.all_hosts
   )
@@ -129,6 +121,19 @@ def run(
       batch_sizes.describe(_other_batches(plan, problems, groups, budgets))
     )
   return plan, draw
+
+
+def _check_addresses(plan: Plan) -> None:
+  """Raises UserError where a group has more than int32 counts."""
+  for g in plan.groups:
+    if g.addresses > MOST_ADDRESSES:
+      raise UserError(
+        f"embedding: group {g.name} (tables {', '.join(g.tables)}) has "
+        f"{g.rows:,} rows, {g.addresses:,} with the padding of shards; at most "
+        f"{MOST_ADDRESSES:,} fit a group, whose ranks are int32: give some of "
+        "the tables another dim or optimizer by embedding.rules, or raise "
+        "data.min_count"
+      )
 
 
 def _solved(
