@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 import threading
+from typing import NoReturn
 
 import pyarrow
 from absl import app, flags, logging
@@ -93,9 +94,7 @@ def main(_: list[str]) -> None:
       signals.say(str(e))
     sys.exit(signals.code(e.signum))
   except UserError as e:
-    print(f"error: {e}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(1)  # what libraries still write at an exit would fail again
+    _fail(e)
 
 
 def own_configs() -> dict[str, pathlib.Path]:
@@ -162,6 +161,7 @@ def _leave_errors_to_the_main_thread() -> None:
   threading.excepthook = sys.unraisablehook = lambda _: None
 
 
-def _fail(error: object) -> None:
-  print(f"error: {error}", file=sys.stderr)
-  sys.exit(1)
+def _fail(error: object) -> NoReturn:
+  sys.stdout.flush()
+  print(f"error: {error}", file=sys.stderr, flush=True)
+  os._exit(1)  # what libraries still write at an exit would fail again

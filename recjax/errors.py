@@ -60,7 +60,10 @@ def of_the_system(what: str) -> Iterator[None]:
 
 
 def refusal(error: BaseException | None) -> str | None:
-  """Returns what the operating system refused, and where; None: nothing."""
+  """Returns what the operating system refused, and where; None: nothing.
+
+  An error that only came while another one was handled is one of its own.
+  """
   while error is not None:
     if isinstance(error, OSError) and error.strerror:
       names = [str(x) for x in (error.filename, error.filename2) if x]
@@ -68,5 +71,5 @@ def refusal(error: BaseException | None) -> str | None:
     if found := _WORDS.search(str(error)):
       paths = re.findall(r'"(/[^"]+)"', str(error)[: found.start()])
       return ": ".join([*paths[-1:], found[0]])
-    error = error.__cause__ or error.__context__
+    error = error.__cause__
   return None

@@ -2,10 +2,11 @@
 
 The system's lock on a file (flock), which it lifts however a process ends. On
 NFS it holds between hosts where these lock at all: a lock daemon, or version 4.
-Who only reads needs none.
+A file system that knows no locks keeps nobody out. Who only reads needs none.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import pathlib
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from recjax.errors import UserError
 
 FILE = "writer.lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _held: set[pathlib.Path] = set()  # by this process
 
 
@@ -46,6 +48,9 @@ def writing(workdir: pathlib.Path, here: bool = True) -> Iterator[None]:
         f"--workdir: {workdir} is being written to by {f.read(200).strip()}: "
         "wait for its end, or use another --workdir"
       ) from e
+    except OSError as e:
+      if e.errno not in _NO_LOCKS:
+        raise
     f.truncate(0)
     f.write(f"process {os.getpid()} on {socket.gethostname()}, ")
     f.write(time.strftime("since %Y-%m-%d %H:%M:%S\n"))

@@ -18,20 +18,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
+import attack_kills
+
 ROOT = pathlib.Path(__file__).parents[1]
-_FLAGS = (
-  "--config=configs/quickstart.py",
-  "--config.data.synthetic.samples=20000",
-  "--config.data.synthetic.rows=5000",
-  "--config.data.block_samples=1024",
-  "--config.embedding.dim=4",
-  "--config.model.bottom=8,8",
-  "--config.model.top=8,8",
-  "--config.plan.hot_rows=100",
-  "--config.plan.warm_rows=2000",
-  "--config.train.batch_size=256",
-  "--config.checkpoint.every_steps=20",
-)
 _MOST = 100 << 20  # bytes that a run may take
 _SECONDS = 120
 
@@ -58,7 +47,7 @@ def grow(folder: pathlib.Path, size: int) -> None:
 def run(workdir: pathlib.Path) -> subprocess.CompletedProcess:
   """Trains to the end, or to where the disk is full."""
   return subprocess.run(
-    [sys.executable, "main.py", *_FLAGS, f"--workdir={workdir}"],
+    [sys.executable, "main.py", *attack_kills.FLAGS, f"--workdir={workdir}"],
     cwd=ROOT,
     capture_output=True,
     text=True,

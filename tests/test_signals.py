@@ -6,22 +6,15 @@ import signal
 import subprocess
 import sys
 
+import attack_kills
 import pytest
 from helpers import lines
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = (
-  "--config=configs/quickstart.py",
+  *attack_kills.FLAGS,
   "--config.data.synthetic.samples=20000",
-  "--config.data.synthetic.rows=5000",
-  "--config.data.block_samples=1024",
-  "--config.embedding.dim=4",
-  "--config.model.bottom=8,8",
-  "--config.model.top=8,8",
-  "--config.plan.hot_rows=100",
-  "--config.plan.warm_rows=2000",
   "--config.mesh.devices=2",
-  "--config.train.batch_size=256",
   "--config.train.log_every_steps=1",
   "--config.checkpoint.every_steps=0",
 )

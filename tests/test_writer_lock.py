@@ -1,5 +1,7 @@
 """One writer a workdir, and readers that change nothing."""
 
+import contextlib
+import errno
 import os
 import subprocess
 import sys
@@ -54,6 +56,22 @@ def test_within_itself_and_after_it_ends(tmp_path):
   for _ in range(2):
     with writer_lock.writing(tmp_path), writer_lock.writing(tmp_path):
       pass
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_keeps_nobody_out(
+  tmp_path, monkeypatch, number
+):
+  def refused(*_):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(writer_lock.fcntl, "flock", refused)
+  real = number == errno.EIO
+  with contextlib.ExitStack() as stack:
+    if real:
+      stack.enter_context(pytest.raises(OSError))
+    with writer_lock.writing(tmp_path):
+      assert not real
 
 
 def test_processes_that_do_not_lock_go_on(other, tmp_path):
