@@ -164,7 +164,7 @@ def _parse(block: bytes, columns: Columns) -> Any:
   if columns.separator != b"\t":
     block = block.replace(b"\t", b" ").replace(columns.separator, b"\t")
   table = pyarrow.csv.read_csv(
-    pa.py_buffer(block),
+    _arrow_bytes(block),
     read_options=pyarrow.csv.ReadOptions(
       column_names=list(columns.kinds), block_size=max(len(block), 1 << 20)
     ),
@@ -185,6 +185,17 @@ def _parse(block: bytes, columns: Columns) -> Any:
   if table.num_rows != lines:
     raise pa.ArrowInvalid("a carriage return inside a line")
   return columns.convert(table.unify_dictionaries().combine_chunks())
+
+
+def _arrow_bytes(block: bytes) -> pa.Buffer:
+  """Copies bytes to memory of PyArrow's own.
+
+  Its threads may hold the last reference to what it reads, after it has
+  returned: releasing an object of Python, they abort a process that is exiting.
+  """
+  copied = pa.BufferOutputStream()
+  copied.write(block)
+  return copied.getvalue()
 
 
 def parse(

@@ -156,9 +156,10 @@ def test_a_bomb_takes_bounded_memory(tmp_path, content):
     env=env,
     capture_output=True,
     text=True,
-    check=True,
     timeout=120,
   )
+  # PyArrow's threads, still parsing, once aborted one exit of 70.
+  assert (done.stderr, done.returncode) == ("", 0)
   said, grown = done.stdout.splitlines()
   assert "line 51: 1 fields" in said or "line 1: longer than" in said
   assert int(grown) < 600  # MiB
