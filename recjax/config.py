@@ -180,6 +180,7 @@ class Train:
   steps: int = _number(0, at_least=0)  # 0 = by epochs
   optimizer: str = _choice("adagrad", "sgd", "adam")
   learning_rate: float = _number(0.02, at_least=0)
+  # Warm-up and decay are of this rate; embedding.learning_rate stays as it is.
   warmup_steps: int = _number(0, at_least=0)
   decay_steps: int = _number(0, at_least=0)  # linear, at the end; 0 = none
   log_every_steps: int = _number(100, at_least=1)

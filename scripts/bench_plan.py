@@ -159,7 +159,7 @@ def torchrec(problem: Problem, python: str) -> baselines.Baseline:
   ).stdout
   found = [x for x in json.loads(answer) if x["rows"]]
   kinds = sorted({x["kind"] for x in found})
-  replicas = sum(x["rows"] for x in found if x["kind"] == "data_parallel")
+  replicated = {(0, x["table"]) for x in found if x["kind"] == "data_parallel"}
   shards = [
     Shard(
       x["table"],
@@ -173,7 +173,7 @@ def torchrec(problem: Problem, python: str) -> baselines.Baseline:
     if x["kind"] != "data_parallel"
   ]
   placed = baselines.of_shards(
-    "TorchRec's planner", [problem], shards, replicas
+    "TorchRec's planner", [problem], shards, sorted(replicated)
   )
   return dataclasses.replace(placed, note=", ".join(kinds))
 

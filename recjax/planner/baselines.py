@@ -14,7 +14,7 @@ from recjax.plan.plan import COLD, FROZEN, HOT, WARM, Plan
 from recjax.planner import common_order, step_cost, table_shards
 from recjax.planner import traffic as traffic_lib
 from recjax.planner.problem import HOT_SYNCS, Problem
-from recjax.planner.table_shards import Shard
+from recjax.planner.table_shards import Shard, TableId
 from recjax.planner.traffic import Part, Traffic
 
 
@@ -206,12 +206,12 @@ def hugectr(
   best = None
   for _ in range(rounds):
     shards = table_shards.greedy(problems, splits, room, memory_weight)
-    dearest: Callable[[table_shards.TableId], float]
+    dearest: Callable[[TableId], float]
     if shards is None:
       dearest = lambda k: tables[k][1] / splits[k]
     else:
       dearest = lambda k: tables[k][0].lookups / splits[k]
-      placed = of_shards("HugeCTR's rule", problems, shards, replicas)
+      placed = of_shards("HugeCTR's rule", problems, shards, small)
       if best is None or placed.seconds < best.seconds:
         best = placed
     able = [k for k in splits if 2 * splits[k] <= problems[0].shape.devices]
@@ -235,10 +235,10 @@ def of_shards(
   name: str,
   problems: Sequence[Problem],
   shards: Sequence[Shard],
-  replicas: Sequence[int] | int = 0,
+  replicated: Sequence[TableId] = (),
 ) -> Baseline:
   """Shards pooled at their owners; see `table_shards.cost`."""
-  found = table_shards.cost(problems, shards, replicas)
+  found = table_shards.cost(problems, shards, replicated)
   return Baseline(
     name,
     found.seconds,

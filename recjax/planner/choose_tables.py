@@ -86,7 +86,7 @@ def best(
   """
   profile, n = problem.profile, problem.shape.devices
   wanted = candidates(problem) if tables is None else tables
-  if n == 1 or not wanted or profile.of_table is None:
+  if n == 1 or not wanted:
     return found, None
   tried = _tried(problem, found, fit, room, fixed)
 

@@ -50,8 +50,9 @@ class BucketedProfile:
   uses: np.ndarray  # [K] float64, a row's lookups a sample
   measured: "DistinctRatios | None" = None
   assumed: str = ""  # where no data was counted: what was assumed
-  # Where a table has several lookups: [T, K] int64, whose rows a bucket's are,
-  # and [R] int16, each row's table, where rows were counted.
+  # By table, where one has several lookups or an owner: [T, K] int64, whose
+  # rows a bucket's are, and [R] int16, each row's table, where rows were
+  # counted.
   of_table: np.ndarray | None = None
   table: np.ndarray | None = None
 
@@ -82,7 +83,7 @@ class BucketedProfile:
       ValueError: it isn't known whose rows the buckets hold.
     """
     if self.of_table is None:
-      raise ValueError("no table of this profile has several lookups")
+      raise ValueError("of_profile was to keep nothing by table")
     of_table = self.of_table
 
     def below(rank: int) -> np.ndarray:
@@ -132,6 +133,8 @@ def of_profile(
   profile: Profile,
   hotness: tuple[int, ...] = (),
   bags: tuple[int, ...] = (),
+  *,
+  by_table: bool = False,
 ) -> BucketedProfile:
   """Buckets the counts of a row space, in one pass over them.
 
@@ -139,13 +142,15 @@ def of_profile(
     profile: the row space.
     hotness: lookups of a sample, a table; () = one each.
     bags: features that look a table up, see Table; () = one each.
+    by_table: whether to know whose rows the buckets hold; where a table has
+      several lookups, they are known.
   """
   samples = max(profile.samples, 1)
   hotness = hotness or (1,) * len(profile.tables)
   bags = bags or (1,) * len(hotness)
-  plain = max(hotness) == 1
+  by_table |= max(hotness) > 1
   ends = _bucket_ends(profile.counts)
-  sums, of_table = _bucket_sums(profile, ends, not plain)
+  sums, of_table = _bucket_sums(profile, ends, by_table)
   count = np.diff(ends, prepend=0)
   uses = sums / count / samples
   p = np.minimum(uses, 1.0)
@@ -166,7 +171,7 @@ def of_profile(
     p,
     uses,
     of_table=of_table,
-    table=None if plain else profile.table,
+    table=profile.table if by_table else None,
   )
 
 
@@ -225,7 +230,9 @@ def _at_least(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
 # ---- From an assumption
 
 
-def power_law(tables: tuple[Table, ...], exponent: float) -> BucketedProfile:
+def power_law(
+  tables: tuple[Table, ...], exponent: float, *, by_table: bool = False
+) -> BucketedProfile:
   """Buckets tables whose rows are used with P(rank r) = r^-s / H(R, s).
 
   A billion rows take no longer than the buckets: the ranks of a bucket follow
@@ -238,7 +245,7 @@ def power_law(tables: tuple[Table, ...], exponent: float) -> BucketedProfile:
   size = count[order]
   count, p, uses, starts = _merge(size, p[order], uses[order])
   of_table = None
-  if any(t.hotness > 1 for t in tables):
+  if by_table or any(t.hotness > 1 for t in tables):
     bucket = np.searchsorted(starts, np.arange(len(size)), side="right") - 1
     of_table = np.zeros((len(tables), len(count)), np.int64)
     np.add.at(of_table, (whose, bucket), size)

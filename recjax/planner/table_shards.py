@@ -126,7 +126,7 @@ class _Busy:
 def cost(
   problems: Sequence[Problem],
   shards: Sequence[Shard],
-  replicas: Sequence[int] | int = 0,
+  replicated: Sequence[TableId] = (),
 ) -> ShardsCost:
   """Costs shards that their owners pool.
 
@@ -136,22 +136,37 @@ def cost(
   Args:
     problems: of the groups.
     shards: of all tables that are not replicated.
-    replicas: rows of each group on every device, whose gradients are
-      all-reduced; a number is the first group's.
+    replicated: tables on every device, whose gradients are all-reduced.
   """
   shape, t = problems[0].shape, problems[0].topology
-  if isinstance(replicas, int):
-    replicas = (replicas, *[0] * (len(problems) - 1))
   busy = [
     _Busy(p, [s for s in shards if s.group == g])
     for g, p in enumerate(problems)
   ]
+  of = [
+    [p.profile.tables[i] for k, i in replicated if k == g]
+    for g, p in enumerate(problems)
+  ]
+  replicas = [sum(table.rows for table in tables) for tables in of]
   parts = [
     Part(p.shape, Traffic(hot=float(rows)))
     for p, rows in zip(problems, replicas, strict=True)
   ]
+  # A replica serves the lookups in its table alone.
+  looked_up = [
+    part._replace(
+      shape=dataclasses.replace(
+        part.shape, lookups=sum(table.lookups for table in tables)
+      )
+    )
+    for part, tables in zip(parts, of, strict=True)
+  ]
   base = step_cost.device_seconds(parts, t)
-  paths = Paths(sum(float(base[k]) for k in ("all-reduce", "dense", "launch")))
+  local = step_cost.device_seconds(looked_up, t)
+  paths = Paths(
+    sum(float(base[k]) for k in ("all-reduce", "dense", "launch"))
+    + sum(float(local[k]) for k in ("gather", "optimizer"))
+  )
   for p, x in zip(problems, busy, strict=True):
     paths = paths.beside(_paths(p, x))
   seconds = float(paths.longer)

@@ -59,14 +59,15 @@ def problems_of(
     UserError: data.hotness does not fit data.rows, or the batch the devices.
   """
   problems = []
+  by_table = config.plan.table_wise not in ("", "none")
   for group, slots in zip(groups, slot_bytes, strict=True):
     if prepared is None:
-      profile = _assumed(config, group)
+      profile = _assumed(config, group, by_table)
     else:
       batch = config.train.batch_size
       local = max(batch // machine.devices, 1)
       sizes = {max(local // 4, 1), local, 4 * local, batch}
-      profile = _counted(prepared, group, sizes)
+      profile = _counted(prepared, group, sizes, by_table)
     problems.append(
       make_problem(
         profile,
@@ -97,7 +98,9 @@ def order_of(
   return common_order.of_profile(prepared.profile, groups)
 
 
-def _assumed(config: Config, group: TableGroup) -> BucketedProfile:
+def _assumed(
+  config: Config, group: TableGroup, by_table: bool
+) -> BucketedProfile:
   """The group's tables among C1, C2, ... of data.rows, as power laws."""
   rows = config.data.rows
   hotness = config.data.hotness or (1,) * len(rows)
@@ -112,14 +115,16 @@ def _assumed(config: Config, group: TableGroup) -> BucketedProfile:
     for i, x in enumerate(zip(rows, hotness, strict=True))
   ]
   own = tuple(t for t in tables if t.name in group.tables)
-  return frequency_buckets.power_law(own, config.plan.exponent)
+  return frequency_buckets.power_law(
+    own, config.plan.exponent, by_table=by_table
+  )
 
 
 # ---- Counted data
 
 
 def _counted(
-  prepared: Prepared, group: TableGroup, sizes: set[int]
+  prepared: Prepared, group: TableGroup, sizes: set[int], by_table: bool
 ) -> BucketedProfile:
   """The group's rows as counted, corrected by batches of these sizes."""
   users = [
@@ -131,6 +136,7 @@ def _counted(
     prepared.profile.of_tables(group.tables),
     tuple(sum(f.hotness for f in of) for of in users),
     tuple(len(of) if all(map(plain, of)) else 0 for of in users),
+    by_table=by_table,
   )
   ratios = measure(prepared, group, profile, sizes)
   return dataclasses.replace(profile, measured=ratios)

@@ -115,6 +115,8 @@ def run(
     files.write(workdir / f"{name}.json", plan.to_json())
     draw()
   report(describe.describe(plan))
+  if ignored := _not_table_wise(config, plan, prepared, problems):
+    report(ignored)
   report(baselines.describe(placed))
   if c.topology:
     report(
@@ -163,6 +165,24 @@ def _solved(
     transports=transports,
     table_wise=table_wise,
   )
+
+
+def _not_table_wise(
+  config: Config,
+  plan: Plan,
+  prepared: Prepared | None,
+  problems: Sequence[Problem],
+) -> str:
+  """Says which tables plan.table_wise names in vain; '' where none is."""
+  named = table_wise_tables(config.plan.table_wise, problems, prepared) or ()
+  have = dict(describe.table_wise(plan))
+  others = [name for name in named if name not in have]
+  if not others:
+    return ""
+  why = "a table without warm rows leaves an owner nothing to pool"
+  if plan.devices == 1:
+    why = "one device owns all tables"
+  return f"plan.table_wise: {', '.join(others)}: no effect, since {why}"
 
 
 def _other_batches(

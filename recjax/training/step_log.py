@@ -132,12 +132,16 @@ class StepLog:
     mean["samples_per_second"] = rate * self._batch_size
     mean["steps"] = len(self._window)  # fewer after a restart
     self._put(step, "train", mean)
+    exchanged = ""
+    if self._expected or mean["distinct_rows"]:  # a device alone asks nobody
+      exchanged = (
+        f"rounds {mean['rounds']:.0f}, "
+        f"distinct rows {mean['distinct_rows']:,.0f} "
+        f"(planned {self._expected:,.0f}), "
+      )
     self._report(
       f"step {step:,} of {self._steps:,}: loss {mean['loss']:.5f}, "
-      f"{mean['samples_per_second']:,.0f} samples/s, "
-      f"rounds {mean['rounds']:.0f}, "
-      f"distinct rows {mean['distinct_rows']:,.0f} "
-      f"(planned {self._expected:,.0f}), "
+      f"{mean['samples_per_second']:,.0f} samples/s, {exchanged}"
       f"{(self._steps - step) / rate:.0f} s left"
     )
     self._window, self._since, self._at = [], now, step

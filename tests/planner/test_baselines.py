@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from helpers_planner import solved
 
-from recjax.planner import baselines, frequency_buckets, presets
+from recjax.planner import (
+  baselines,
+  frequency_buckets,
+  presets,
+  table_shards,
+)
 from recjax.planner.frequency_buckets import Table
 from recjax.planner.problem import make_problem
 from recjax.planner.table_shards import Shard
@@ -64,11 +69,12 @@ def test_greedy_fills_the_least_loaded():
 def test_shards_are_pooled_by_their_owners():
   """A row-wise, a column-wise and a host table on four devices, by hand."""
   tables = (Table("rows", 400), Table("columns", 100), Table("host", 10))
+  tables += (Table("small", 7),)
   problem = make_problem(
     frequency_buckets.power_law(tables, 1.15),
     devices=4,
     batch_size=64,
-    lookups=3,
+    lookups=4,
     dim=16,
     dtype="float32",
     slot_bytes=0,
@@ -76,7 +82,7 @@ def test_shards_are_pooled_by_their_owners():
   shards = [Shard(0, i, 100, splits=4) for i in range(4)]
   shards += [Shard(1, i, 100, columns=0.5) for i in range(2)]
   shards += [Shard(2, 3, 10, host=True)]
-  placed = baselines.of_shards("mixed", [problem], shards, replicas=7)
+  placed = baselines.of_shards("mixed", [problem], shards, [(0, 3)])
   assert placed.device_bytes == (100 + 50 + 7) * 64
   assert placed.host_bytes == 10 * 64
   # Ids go to both halves of the columns; each half sends half a vector.
@@ -88,4 +94,34 @@ def test_shards_are_pooled_by_their_owners():
   assert faster.seconds < placed.seconds
   assert "busiest device" in placed.note
   # Where all rows are replicated there is no busiest one to tell of.
-  assert baselines.of_shards("hot", [problem], [], replicas=510).note == ""
+  every = [(0, i) for i in range(4)]
+  assert baselines.of_shards("hot", [problem], [], every).note == ""
+
+
+def test_replicas_on_one_device_are_read_and_updated():
+  """HugeCTR's rule gives each device the small tables; they are not free."""
+  problem = make_problem(
+    frequency_buckets.power_law((Table("small", 100, 3), Table("b", 10)), 1.15),
+    devices=1,
+    batch_size=64,
+    lookups=4,
+    dim=16,
+    dtype="float32",
+    slot_bytes=4,
+  )
+  t, cost = problem.topology, table_shards.cost
+  both, none = cost([problem], [], [(0, 0), (0, 1)]), cost([problem], [])
+  lookups, row = 64 * 4, 16 * 4
+  read = lookups * row / t.cached_gather
+  added = lookups * (row + 4) / t.cached_add
+  whole = 110 * (3 * (row + 4) + 2 * (row + 4)) / t.stream
+  launched = 2 * t.tier_latency  # of the tier, forward and backward
+  assert both.seconds - none.seconds == pytest.approx(
+    read + added + whole + launched, rel=1e-6
+  )
+  first = cost([problem], [], [(0, 0)])  # its own lookups alone
+  second = cost([problem], [], [(0, 1)])
+  assert first.seconds + second.seconds - none.seconds == pytest.approx(
+    both.seconds + launched, rel=1e-6
+  )
+  assert none.device_bytes == 0 and both.device_bytes == 110 * 68

@@ -227,6 +227,19 @@ def test_fewer_bytes_where_bytes_are_asked_for(tmp_path):
   assert seconds_of(least) >= seconds_of(time)
 
 
+def test_a_table_of_one_lookup_is_table_wise_if_asked(tmp_path):
+  config = terabyte(data__rows=(200_000, 300), plan__table_wise="C1")
+  plan, printed = write_plan_of(config, tmp_path)
+  assert [name for name, _ in only(plan).table_wise] == ["C1"]
+  assert "no effect" not in printed
+  config.plan.hot_rows = 200_300
+  plan, printed = write_plan_of(config, tmp_path)
+  assert only(plan).table_wise == ()
+  assert "plan.table_wise: C1: no effect, since a table without warm" in printed
+  plan, printed = write_plan_of(config, tmp_path, 1)
+  assert "C1: no effect, since one device owns all tables" in printed
+
+
 def test_tables_of_long_bags_are_table_wise(tmp_path):
   config = terabyte(
     data__rows=(2_000_000, 300_000, 50),

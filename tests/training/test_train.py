@@ -15,9 +15,10 @@ from helpers import lines, quiet
 
 from recjax import config as config_lib
 from recjax import jobs, writer_lock
+from recjax.config import Train
 from recjax.errors import UserError
 from recjax.plan.plan import Plan
-from recjax.training import build, metrics, train
+from recjax.training import build, metrics, step_log, train
 
 pytestmark = pytest.mark.slow
 
@@ -130,6 +131,26 @@ def test_killed_before_its_test_line_it_writes_it(trained, tmp_path):
   (tmp_path / "metrics.jsonl").write_text("".join(whole[:-1]))
   assert jobs.train(config, tmp_path, quiet) == result
   assert (tmp_path / "metrics.jsonl").read_text() == "".join(whole)
+
+
+@pytest.mark.parametrize(("expected", "said"), [(0.0, False), (7.0, True)])
+def test_a_device_alone_tells_of_no_exchange(tmp_path, expected, said):
+  printed, written = [], []
+  log = step_log.StepLog(
+    Train(batch_size=4, log_every_steps=1),
+    2,
+    0,
+    expected,
+    write=lambda *line: written.append(line),
+    report=printed.append,
+    saver=None,
+    directory=tmp_path,
+  )
+  log.add(1, {"loss": 0.5, "rounds": 1, "distinct_rows": expected})
+  log.flush()
+  assert ("rounds 1, distinct rows 7 (planned 7), " in printed[0]) == said
+  assert printed[0].startswith("step 1 of 2: loss 0.50000, ")
+  assert written[0][2]["rounds"] == 1
 
 
 def test_evaluates_on_one_device_with_every_row_cold(trained):
