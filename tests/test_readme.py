@@ -1,0 +1,104 @@
+"""Runs the README's commands as they are written there."""
+
+import gzip
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers_data import log
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PARTS = (
+  *("configs", "constraints", "main.py", "pyproject.toml", "recjax"),
+  "scripts",
+)
+
+# Not run here, and why.
+ELSEWHERE = {
+  'scripts/test.sh -m "not slow"': "it is what runs this test",
+  'pip install -e ".[compile]"': "needs a network; scripts/test.sh installs "
+  "the same packages",
+  "python scripts/compile_for.py --config configs/criteo_terabyte.py "
+  "--target h200 --devices 8": "takes minutes; test_compiled_targets.py "
+  "compiles smaller tables",
+}
+
+
+def commands() -> list[str]:
+  """The commands of the README's blocks of no language, a line each."""
+  found = []
+  for block in README.split("```")[1::2]:
+    if block.startswith("\n"):
+      text = re.sub(r"\s*\\\n\s*", " ", block)
+      lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.split("\n")]
+      found += [x for x in lines if re.match(r"(python|pip|scripts/)", x)]
+  return found
+
+
+QUICKSTART, TRAIN, EVALUATE = [c for c in commands() if c not in ELSEWHERE]
+
+
+@pytest.fixture
+def checkout(tmp_path) -> pathlib.Path:
+  """A checkout in which this Python, and what it has, is installed."""
+  for part in PARTS:
+    (tmp_path / part).symlink_to(ROOT / part)
+  for name in (".venv/bin/python", "bin/python"):
+    python = tmp_path / name
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+  version = f"python{sys.version_info[0]}.{sys.version_info[1]}.txt"
+  said = [tmp_path / "pyproject.toml", tmp_path / "constraints" / version]
+  stamp = b"".join(path.read_bytes() for path in said if path.exists())
+  summed = subprocess.run(["cksum"], input=stamp, capture_output=True)
+  (tmp_path / ".venv" / "installed-plain").write_bytes(summed.stdout)
+  return tmp_path
+
+
+def run(command: str, checkout: pathlib.Path) -> str:
+  """What a command prints, run by a shell in the checkout."""
+  env = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+  env["PATH"] = f"{checkout / 'bin'}:{env['PATH']}"
+  done = subprocess.run(
+    ["bash", "-c", command],
+    cwd=checkout,
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3_000:]
+  return done.stdout + done.stderr
+
+
+def test_every_command_is_known():
+  assert set(ELSEWHERE) < set(commands())
+  assert QUICKSTART == "scripts/run.sh --config configs/quickstart.py"
+  assert "--mode=evaluate" in EVALUATE and "--mode" not in TRAIN
+
+
+@pytest.mark.slow
+def test_quickstart(checkout):
+  printed = run(QUICKSTART, checkout)
+  expected = README.split("The last lines are\n\n```\n")[1].split("```")[0]
+  for line in expected.splitlines():
+    assert line.strip().removesuffix("...") in printed
+
+
+@pytest.mark.slow
+def test_your_own_logs(checkout):
+  (checkout / "logs").mkdir()
+  for day in range(2):
+    plain = checkout / "log"
+    log(plain, 10_000, seed=day)
+    packed = checkout / "logs" / f"day_{day}.tsv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes(), 1))
+  aucs = [
+    re.findall(r"^ +auc (0\.\d+)$", run(command, checkout), re.MULTILINE)
+    for command in (TRAIN, EVALUATE)
+  ]
+  assert len(aucs[0]) == 1 and aucs[0] == aucs[1]
