@@ -26,9 +26,11 @@ HOT, ROWS = 64, 4_000_000
 TABLES = ("a", "b", "c")
 
 
-def case_of(dim: int, optimizer: str, dtype: str = "float32") -> dense.Case:
+def case_of(
+  dim: int, optimizer: str, dtype: str = "float32", rows: int = ROWS
+) -> dense.Case:
   """One group, of three tables."""
-  part = dense.Part("g", TABLES, ROWS, dim, optimizer, dtype)
+  part = dense.Part("g", TABLES, rows, dim, optimizer, dtype)
   return dense.Case((part,), tuple(Feature(x, x) for x in TABLES))
 
 
@@ -51,6 +53,8 @@ CASES = {
   "dim 256": (0, case_of(256, "sgd")),
   "cold": (HOT, case_of(128, "adagrad")),
   "bfloat16": (0, case_of(128, "sgd", "bfloat16")),
+  # 2.56e9 numbers on each of four devices: more than int32 counts.
+  "beyond int32": (0, case_of(128, "sgd", "bfloat16", 80_000_000)),
 }
 
 

@@ -33,6 +33,8 @@ def plans(
   found = {}
   for power in range(4, 24):
     size = n * -(-(1 << power) // n)
+    if size in found:
+      continue
     resized = [
       dataclasses.replace(
         p, shape=dataclasses.replace(p.shape, batch_size=size)

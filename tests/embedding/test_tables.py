@@ -5,6 +5,7 @@ import functools
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -225,3 +226,19 @@ def test_fill_writes_in_place():
     assert aliased >= size, name
     temporary = memory.temp_size_in_bytes + memory.host_temp_size_in_bytes
     assert temporary < size / 4, name
+
+
+@pytest.mark.slow
+def test_rows_past_2_31_numbers_are_read_and_written():
+  """A shard's numbers are counted in 64 bits; of a byte each, to fit here."""
+  shape = (2**23 + 8, 1, 256)
+  local = np.array([0, 2**23 - 1, 2**23, 2**23 + 7], np.int32)
+  index = np.stack([local, np.zeros_like(local)], axis=1)
+  rows = np.arange(1, 5, dtype=np.int8)[:, None] * np.ones(256, np.int8)
+  write = jax.jit(tables.scatter, donate_argnums=0)
+  x = write(jax.jit(lambda: jnp.zeros(shape, jnp.int8))(), index, rows)
+  np.testing.assert_array_equal(jax.jit(tables.gather)(x, index), rows)
+  # Where they would be if the place wrapped, and next to them, is nothing.
+  others = np.array([[1, 0], [7, 0], [8, 0], [2**22, 0]], np.int32)
+  assert not np.any(jax.jit(tables.gather)(x, others))
+  assert int(jnp.sum(x[2**23 - 1 :].astype(jnp.int32))) == 256 * (2 + 3 + 4)

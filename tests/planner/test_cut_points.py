@@ -89,7 +89,7 @@ HARDLY_USED = Problem(  # a row that is touched a billionth time a sample
 
 
 @pytest.mark.slow
-@settings(max_examples=1_200, deadline=None)
+@settings(max_examples=600, deadline=None)
 @example((HARDLY_USED, 5, 3))
 @given(problems())
 def test_no_placement_is_cheaper(case):
@@ -128,7 +128,7 @@ def test_the_host_path_is_hidden_in_part_wholly_or_not_at_all():
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(problems_with_ssds())
 def test_no_placement_is_cheaper_with_ssds(case):
   problem, fit, host_rows, ssd_rows = case
@@ -145,7 +145,7 @@ def test_no_placement_is_cheaper_with_ssds(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(problems(), st.sampled_from([1e-9, 1e-3, 0.5]))
 def test_with_padded_buffers_within_a_row(case, chance):
   """Padding grows like a root, so a row more or less may be better."""
@@ -313,7 +313,7 @@ def test_no_cuts_are_cheaper_where_networks_or_hosts_decide(make):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(node_problems())
 def test_no_cuts_are_cheaper_with_any_transport(case):
   check_all_transports(case)

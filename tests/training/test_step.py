@@ -17,6 +17,8 @@ LEFT_OUT = {
   *((devices, "hot", "one_row") for devices in (1, 2, 8)),  # no row travels
   (2, "hot_gathered", "planned"),
   (2, "mixed_gathered", "one_row"),
+  # Two devices are as eight, with buffers that overflow or do not.
+  *((2, tiers, "planned") for tiers in ("warm", "cold", "mixed_gathered")),
 }
 CASES = [
   case
