@@ -83,6 +83,7 @@ def start(workdir: pathlib.Path, processes: int) -> subprocess.Popen:
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    start_new_session=True,  # a group of processes, as in a terminal
     env=os.environ
     | {"PYTHONUNBUFFERED": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
   )
@@ -95,12 +96,33 @@ def newest(workdir: pathlib.Path) -> int:
   return max(steps, default=0)
 
 
+def deliver(process: subprocess.Popen, processes, signum, rng) -> int:
+  """Sends a signal as a job gets it; returns the exit code that it asks for.
+
+  A terminal's Ctrl-C goes to all processes, SIGTERM to the one that launched
+  them, and any of them may be killed.
+  """
+  if processes == 1:
+    process.send_signal(signum)
+    return SIGNALS[signum]
+  if signum == signal.SIGINT:
+    os.killpg(process.pid, signum)
+  elif signum == signal.SIGTERM:
+    process.send_signal(signum)
+  else:
+    of = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if pids := of.read_text().split():
+      os.kill(int(rng.choice(pids)), signum)
+    return 1
+  return SIGNALS[signum]
+
+
 def once(workdir, processes, moment, signum, rng) -> Try:
   """Starts a run, and ends it by a signal; 0 = lets it go to its end."""
   there = newest(workdir)
   process = start(workdir, processes)
   assert process.stdout and process.stderr
-  printed = []
+  printed, code = [], 0
   if signum:
     after = tuple(begins for begins, _ in MOMENTS[moment:])
     for line in process.stdout:
@@ -108,7 +130,7 @@ def once(workdir, processes, moment, signum, rng) -> Try:
       if line.startswith(after):
         break
     time.sleep(rng.uniform(0, MOMENTS[moment][1]))
-    process.send_signal(signum)
+    code = deliver(process, processes, signum, rng)
   rest, said = process.communicate(timeout=_SECONDS)
   printed.append(rest)
   text = "".join(printed)
@@ -117,7 +139,7 @@ def once(workdir, processes, moment, signum, rng) -> Try:
   wrong = ""
   if "Traceback" in said or said.count("\n") > 2 * processes:
     wrong = f"it printed {said[:600]!r}"
-  elif process.returncode not in (SIGNALS.get(signum, 0), 0):
+  elif process.returncode not in (code, 0):
     wrong = f"exit code {process.returncode}: {said[:600]!r}"
   elif resumed != there and (found or not signum):
     wrong = f"it went on from step {resumed}, and {there} was there"

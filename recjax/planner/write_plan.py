@@ -93,9 +93,9 @@ def run(
     train=not serving,
   )
   budgets = _budgets(config, problems, hosts, device_limit)
-  for assumed in dict.fromkeys(p.profile.assumed for p in problems):
-    if assumed:
-      report(assumed)
+  said = [p.profile.assumed for p in problems if p.profile.assumed]
+  for assumed in dict.fromkeys(said):
+    report(assumed)
   plan = _solved(config, prepared, problems, groups, budgets)
   _check_addresses(plan)
   placed = baselines.compare(
@@ -115,13 +115,11 @@ def run(
     files.write(workdir / f"{name}.json", plan.to_json())
     draw()
   report(describe.describe(plan))
-  if ignored := _not_table_wise(config, plan, prepared, problems):
-    report(ignored)
+  _say_not_table_wise(config, plan, prepared, problems, report)
   report(baselines.describe(placed))
   if c.topology:
-    report(
-      batch_sizes.describe(_other_batches(plan, problems, groups, budgets))
-    )
+    others = _other_batches(plan, problems, groups, budgets)
+    report(batch_sizes.describe(others))
   return plan, draw
 
 
@@ -167,22 +165,21 @@ def _solved(
   )
 
 
-def _not_table_wise(
+def _say_not_table_wise(
   config: Config,
   plan: Plan,
   prepared: Prepared | None,
   problems: Sequence[Problem],
-) -> str:
-  """Says which tables plan.table_wise names in vain; '' where none is."""
+  report: Callable[[str], None],
+) -> None:
+  """Says which tables plan.table_wise names in vain, if any."""
   named = table_wise_tables(config.plan.table_wise, problems, prepared) or ()
   have = dict(describe.table_wise(plan))
-  others = [name for name in named if name not in have]
-  if not others:
-    return ""
-  why = "a table without warm rows leaves an owner nothing to pool"
-  if plan.devices == 1:
-    why = "one device owns all tables"
-  return f"plan.table_wise: {', '.join(others)}: no effect, since {why}"
+  if others := [name for name in named if name not in have]:
+    why = "a table without warm rows leaves an owner nothing to pool"
+    if plan.devices == 1:
+      why = "one device owns all tables"
+    report(f"plan.table_wise: {', '.join(others)}: no effect, since {why}")
 
 
 def _other_batches(
