@@ -10,7 +10,6 @@ import sys
 import threading
 from typing import NoReturn
 
-import pyarrow
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -67,10 +66,12 @@ def main(_: list[str]) -> None:
   workdir = _WORKDIR.value or f"runs/{pathlib.Path(file).stem}"
   _leave_errors_to_the_main_thread()
   malloc.keep_freed_memory()
-  pyarrow.enable_signal_handlers(False)  # its readers would raise on Ctrl-C
-  from recjax import distributed, jobs, mesh  # JAX, after the flags
+  import pyarrow  # and JAX, after the flags
+
+  from recjax import distributed, jobs, mesh
   from recjax.training import same_run
 
+  pyarrow.enable_signal_handlers(False)  # its readers would raise on Ctrl-C
   job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
   settings = {
     f"--config.{path}": same_run.as_json(value)

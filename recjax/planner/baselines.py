@@ -197,12 +197,8 @@ def hugectr(
     for i, t in enumerate(p.profile.tables)
   }
   small = [k for k, (_, held) in tables.items() if held <= replicate_mb * 2**20]
-  replicas = [
-    sum(tables[k][0].rows for k in small if k[0] == g)
-    for g in range(len(problems))
-  ]
   splits = dict.fromkeys((k for k in tables if k not in small), 1)
-  room = device_bytes - _bytes(problems, replicas)
+  room = device_bytes - sum(tables[k][1] for k in small)
   best = None
   for _ in range(rounds):
     shards = table_shards.greedy(problems, splits, room, memory_weight)

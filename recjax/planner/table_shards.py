@@ -12,6 +12,7 @@ import numpy as np
 
 from recjax.planner import communication, host_path, step_cost
 from recjax.planner import traffic as traffic_lib
+from recjax.planner.frequency_buckets import Table
 from recjax.planner.host_path import Paths
 from recjax.planner.problem import Problem
 from recjax.planner.traffic import Part, Traffic
@@ -143,29 +144,22 @@ def cost(
     _Busy(p, [s for s in shards if s.group == g])
     for g, p in enumerate(problems)
   ]
-  of = [
+  small = [
     [p.profile.tables[i] for k, i in replicated if k == g]
     for g, p in enumerate(problems)
   ]
-  replicas = [sum(table.rows for table in tables) for tables in of]
+  replicas = [sum(table.rows for table in tables) for tables in small]
   parts = [
     Part(p.shape, Traffic(hot=float(rows)))
     for p, rows in zip(problems, replicas, strict=True)
   ]
-  # A replica serves the lookups in its table alone.
-  looked_up = [
-    part._replace(
-      shape=dataclasses.replace(
-        part.shape, lookups=sum(table.lookups for table in tables)
-      )
-    )
-    for part, tables in zip(parts, of, strict=True)
-  ]
   base = step_cost.device_seconds(parts, t)
-  local = step_cost.device_seconds(looked_up, t)
+  own = step_cost.device_seconds(
+    [_looked_up(*x) for x in zip(parts, small, strict=True)], t
+  )
   paths = Paths(
     sum(float(base[k]) for k in ("all-reduce", "dense", "launch"))
-    + sum(float(local[k]) for k in ("gather", "optimizer"))
+    + sum(float(own[k]) for k in ("gather", "optimizer"))
   )
   for p, x in zip(problems, busy, strict=True):
     paths = paths.beside(_paths(p, x))
@@ -184,6 +178,12 @@ def cost(
     sum(x.host_bytes for x in busy),
     float(lookups.max() / max(lookups.mean(), 1)),
   )
+
+
+def _looked_up(part: Part, tables: Sequence[Table]) -> Part:
+  """The part as if a sample looked up its replicated tables alone."""
+  lookups = sum(table.lookups for table in tables)
+  return part._replace(shape=dataclasses.replace(part.shape, lookups=lookups))
 
 
 def _paths(problem: Problem, busy: _Busy) -> Paths:

@@ -93,9 +93,9 @@ def run(
     train=not serving,
   )
   budgets = _budgets(config, problems, hosts, device_limit)
-  said = [p.profile.assumed for p in problems if p.profile.assumed]
-  for assumed in dict.fromkeys(said):
-    report(assumed)
+  assumed = [p.profile.assumed for p in problems if p.profile.assumed]
+  for what in dict.fromkeys(assumed):
+    report(what)
   plan = _solved(config, prepared, problems, groups, budgets)
   _check_addresses(plan)
   placed = baselines.compare(

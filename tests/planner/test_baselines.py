@@ -66,19 +66,24 @@ def test_greedy_fills_the_least_loaded():
   )
 
 
+def problem_of_64(tables, devices, slot_bytes):
+  """Batches of 64 samples, rows of 16 float32."""
+  return make_problem(
+    frequency_buckets.power_law(tables, 1.15),
+    devices=devices,
+    batch_size=64,
+    lookups=sum(t.hotness for t in tables),
+    dim=16,
+    dtype="float32",
+    slot_bytes=slot_bytes,
+  )
+
+
 def test_shards_are_pooled_by_their_owners():
   """A row-wise, a column-wise and a host table on four devices, by hand."""
   tables = (Table("rows", 400), Table("columns", 100), Table("host", 10))
   tables += (Table("small", 7),)
-  problem = make_problem(
-    frequency_buckets.power_law(tables, 1.15),
-    devices=4,
-    batch_size=64,
-    lookups=4,
-    dim=16,
-    dtype="float32",
-    slot_bytes=0,
-  )
+  problem = problem_of_64(tables, devices=4, slot_bytes=0)
   shards = [Shard(0, i, 100, splits=4) for i in range(4)]
   shards += [Shard(1, i, 100, columns=0.5) for i in range(2)]
   shards += [Shard(2, 3, 10, host=True)]
@@ -100,15 +105,8 @@ def test_shards_are_pooled_by_their_owners():
 
 def test_replicas_on_one_device_are_read_and_updated():
   """HugeCTR's rule gives each device the small tables; they are not free."""
-  problem = make_problem(
-    frequency_buckets.power_law((Table("small", 100, 3), Table("b", 10)), 1.15),
-    devices=1,
-    batch_size=64,
-    lookups=4,
-    dim=16,
-    dtype="float32",
-    slot_bytes=4,
-  )
+  tables = (Table("small", 100, 3), Table("b", 10))
+  problem = problem_of_64(tables, devices=1, slot_bytes=4)
   t, cost = problem.topology, table_shards.cost
   both, none = cost([problem], [], [(0, 0), (0, 1)]), cost([problem], [])
   lookups, row = 64 * 4, 16 * 4
