@@ -21,7 +21,7 @@ from recjax.training.step import (
   visitor_shapes,
 )
 
-TRAIN = "train step"
+TRAIN, CHECKSUMS = "train step", "checksums"
 
 
 class Program(NamedTuple):
@@ -53,7 +53,7 @@ def lower_all(
   yield Program("forward pass", forward, tables, ())
   yield Program("first values", _lower_init(spec, mesh), tables, ())
   sums = checksums.make_checksums(spec.embedding, mesh).lower(tables)
-  yield Program("checksums", sums, tables, ())
+  yield Program(CHECKSUMS, sums, tables, ())
   yield from _lower_writers(spec, mesh, tables)
 
 

@@ -63,8 +63,11 @@ def check(target, *names):
     assert step["in_place"] >= tiers * len(CASES[name][1].parts)
     writers = [k for k in of if k.startswith("block writer")]
     assert len(writers) == tiers * len(CASES[name][1].parts)
-    for program in of.values():
-      assert program["memory"]["temp"] < MOST_TEMP
+    rows = sum(part.rows for part in CASES[name][1].parts) / target.devices
+    for kind, program in of.items():
+      # XLA:TPU may make the numbers of the rows before it sums them.
+      numbers = 4.1 * rows if kind == programs.CHECKSUMS else 0
+      assert program["memory"]["temp"] < max(MOST_TEMP, numbers)
       assert program["memory"]["host"] == 0
     # Tables of 28 MB to 2 GB went, and all else stayed.
     assert step["growth"]["tables"] > 0.8 * step["tables"] > 10e6
@@ -92,7 +95,11 @@ def check_exchange(target, case, step):
   [
     (TPU, ("hot", "mixed", "cold", "two groups")),
     (GPU, ("two groups",)),
-    pytest.param(TPU, ("warm", "narrow", "bfloat16"), marks=pytest.mark.slow),
+    pytest.param(
+      TPU,
+      ("warm", "narrow", "bfloat16", "beyond int32"),
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       GPU,
       ("hot", "warm", "cold", "bfloat16", "beyond int32"),
