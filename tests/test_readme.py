@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import compile_targets
 import pytest
 from helpers_data import log
 
@@ -22,9 +23,6 @@ ELSEWHERE = {
   'scripts/test.sh -m "not slow"': "it is what runs this test",
   'pip install -e ".[compile]"': "needs a network; scripts/test.sh installs "
   "the same packages",
-  "python scripts/compile_for.py --config configs/criteo_terabyte.py "
-  "--target h200 --devices 8": "takes minutes; test_compiled_targets.py "
-  "compiles smaller tables",
 }
 
 
@@ -39,7 +37,9 @@ def commands() -> list[str]:
   return found
 
 
-QUICKSTART, TRAIN, EVALUATE = [c for c in commands() if c not in ELSEWHERE]
+QUICKSTART, TRAIN, EVALUATE, COMPILE = [
+  c for c in commands() if c not in ELSEWHERE
+]
 
 
 @pytest.fixture
@@ -79,6 +79,7 @@ def test_every_command_is_known():
   assert set(ELSEWHERE) < set(commands())
   assert QUICKSTART == "scripts/run.sh --config configs/quickstart.py"
   assert "--mode=evaluate" in EVALUATE and "--mode" not in TRAIN
+  assert COMPILE.startswith("python scripts/compile_for.py ")
 
 
 @pytest.mark.slow
@@ -101,3 +102,14 @@ def test_your_own_logs(checkout):
   printed = [run(command, checkout, **fast) for command in (TRAIN, EVALUATE)]
   aucs = [re.findall(r"^ +auc (0\.\d+)$", x, re.MULTILINE) for x in printed]
   assert len(aucs[0]) == 1 and aucs[0] == aucs[1]
+
+
+@pytest.mark.slow
+def test_for_accelerators_that_you_do_not_have(checkout):
+  target = compile_targets.parse("h200", 8)
+  if lacks := compile_targets.missing(target):
+    pytest.skip(lacks)
+  installed = {"PYTHONPATH": str(compile_targets.COMPILERS)}
+  printed = run(COMPILE, checkout, **installed)
+  assert "compiled for 8 x h200, jax" in printed
+  assert "train step, compiled in" in printed
