@@ -34,7 +34,7 @@ def arrays(features, seed):
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(lists_of_features(), st.integers(0, 99))
 def test_pool_against_a_loop_and_spread_against_the_transpose(features, seed):
   ids, weights, rows = arrays(features, seed)

@@ -221,8 +221,8 @@ def test_overrides_are_kept(tmp_path):
 
 @pytest.mark.slow
 def test_fewer_bytes_where_bytes_are_asked_for(tmp_path):
-  time, _ = write_plan_of(terabyte(), tmp_path, 64)
-  least, _ = write_plan_of(terabyte(plan__objective="bytes"), tmp_path, 64)
+  time, _ = write_plan_of(terabyte(), tmp_path)
+  least, _ = write_plan_of(terabyte(plan__objective="bytes"), tmp_path)
   assert least.bytes_per_sample <= time.bytes_per_sample
   assert seconds_of(least) >= seconds_of(time)
 

@@ -305,8 +305,9 @@ def test_the_script_needs_a_target(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [TPU, GPU], ids=lambda t: t.name)
-def test_the_script_compiles_a_config(target, tmp_path):
+def test_the_script_compiles_a_config(tmp_path):
+  """For a TPU; tests/test_readme.py has it compile for GPUs."""
+  target = TPU
   needs(target)
   args = f"--target={target.name}", f"--devices={target.devices}"
   done = script(tmp_path, *args, "--json", "--config.plan.hot_rows=200")
