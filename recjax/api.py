@@ -132,8 +132,8 @@ def batches(
 
   Yields:
     label [B] float32, dense [B, D] float32, ids [B, S] int32 and maybe weights
-    [B, S] float32 and the ids' route, on the run's mesh: what `run.step` takes.
-    A batch without its route works too.
+    [B, S], labels [B, K] and sample_weight [B] float32 and the ids' route, on
+    the run's mesh: what `run.step` takes. A batch without its route works too.
   """
   steps, step = inputs.last_step(config, prepared), int(run.state.step)
   at = inputs.later(At(), step, config, prepared)

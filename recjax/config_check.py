@@ -23,21 +23,22 @@ def check_flags(argv: list[str]) -> None:
     found = re.match(r"--?config\.([^=]*)", arg)
     if not found:
       continue
-    cls, path = Config, found[1].split(".")
+    classes, path = (Config,), found[1].split(".")
     for i, name in enumerate(path):
-      fields, last = _fields(cls), i == len(path) - 1
+      # Which of several classes an entry has, the config file says.
+      fields = {k: f for cls in classes for k, f in _fields(cls).items()}
       name, index = re.fullmatch(r"(.*?)(\[\d+\])?", name).groups()
       if name not in fields:
         raise _unknown(".".join(path[:i]), name, fields, arg)
-      cls, dotted = fields[name].type, ".".join(path[: i + 1])
-      item = _item(cls)
-      if index and dataclasses.is_dataclass(item):
-        cls = item
-      elif index:
+      dotted, last = ".".join(path[: i + 1]), i == len(path) - 1
+      items = _items(fields[name].type)
+      entries = any(map(dataclasses.is_dataclass, items))
+      if index and not entries:
         raise UserError(f"{arg}: {dotted} has no number; set the whole field")
-      elif dataclasses.is_dataclass(item) and not last:
+      if entries and not index and not last:
         raise UserError(f"{arg}: {dotted} has no fields, but {dotted}[0] has")
-      if dataclasses.is_dataclass(cls) == last:
+      classes = items if index else (fields[name].type,)
+      if dataclasses.is_dataclass(classes[0]) == last:
         what = "is a group of fields" if last else "has no fields"
         raise UserError(f"{arg}: {dotted} {what}")
 
@@ -77,7 +78,7 @@ def _groups(cls: type, prefix: str = "") -> Iterator[tuple[type, str]]:
     path = f"{prefix}.{name}" if prefix else name
     if dataclasses.is_dataclass(field.type):
       yield from _groups(field.type, path)
-    elif dataclasses.is_dataclass(item := _item(field.type)):
+    for item in filter(dataclasses.is_dataclass, _items(field.type)):
       yield from _groups(item, f"{path}[i]")
 
 
@@ -85,9 +86,12 @@ def _fields(cls: type) -> dict[str, dataclasses.Field]:
   return {f.name: f for f in dataclasses.fields(cls)}
 
 
-def _item(cls: type) -> type | None:
-  """What a tuple holds, of its type; None for other types."""
-  return typing.get_args(cls)[0] if typing.get_origin(cls) is tuple else None
+def _items(cls: type) -> tuple[type, ...]:
+  """Returns what a tuple of this type may hold; () of another type."""
+  if typing.get_origin(cls) is not tuple:
+    return ()
+  item = typing.get_args(cls)[0]
+  return typing.get_args(item) or (item,)
 
 
 def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
@@ -144,15 +148,14 @@ def check(config: typing.Any, prefix: str = "") -> None:
 
 def _check_type(path: str, value: typing.Any, cls: type) -> None:
   """Raises UserError where the value, or one of a group's, has another type."""
-  item = _item(cls)
-  if item:
-    if not (isinstance(value, tuple) and all(type(x) is item for x in value)):
-      hint = f"; write ({value!r},)" if type(value) is item else ""
-      raise UserError(
-        f"{path}: {value!r} is not a tuple of {item.__name__}{hint}"
-      )
-    if dataclasses.is_dataclass(item):
-      for i, x in enumerate(value):
+  items = _items(cls)
+  if items:
+    if not (isinstance(value, tuple) and all(type(x) in items for x in value)):
+      hint = f"; write ({value!r},)" if type(value) in items else ""
+      names = " or ".join(x.__name__ for x in items)
+      raise UserError(f"{path}: {value!r} is not a tuple of {names}{hint}")
+    for i, x in enumerate(value):
+      if dataclasses.is_dataclass(x):
         check(x, f"{path}[{i}].")
   elif dataclasses.is_dataclass(cls):
     if type(value) is not cls:

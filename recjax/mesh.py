@@ -13,8 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from recjax import config as config_lib
 from recjax.errors import UserError
+from recjax.nodes import check_nodes
 from recjax.schema import AXES
 
 
@@ -58,7 +58,7 @@ def make_mesh(devices: int, node_devices: int = 0) -> Mesh:
       " or fewer, or 0 for all"
     )
   devices = devices or len(found)
-  config_lib.check_nodes(devices, node_devices)
+  check_nodes(devices, node_devices)
   used = []
   for _, group in itertools.groupby(found, lambda d: d.process_index):
     used += list(group)[: devices // jax.process_count()]

@@ -78,6 +78,8 @@ class Schema:
 
   dense: tuple[str, ...]
   features: tuple[Feature, ...]
+  labels: tuple[str, ...] = ("label",)  # K; a model learns the first
+  sample_weighted: bool = False  # whether samples have weights
 
   @property
   def tables(self) -> tuple[str, ...]:

@@ -75,8 +75,9 @@ def dataset(
 
   A batch is a dict: label [b] float32, dense [b, D] float32, ids [b, S] int32
   ranks (-1 = empty), weights [b, S] float32 where the schema is weighted, mask
-  [b] float32 (1 = a sample, 0 = padding, only at the end of 'test'). Arrays
-  may share memory: do not write into them.
+  [b] float32 (1 = a sample, 0 = padding, only at the end of 'test'); of a
+  schema that has them labels [b, K] and sample_weight [b], float32. Arrays may
+  share memory: do not write into them.
 
   'train' is shuffled; 'test' comes in order, each sample on one process once.
 

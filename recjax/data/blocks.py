@@ -33,6 +33,10 @@ def features(schema: Schema) -> dict[str, tuple[tuple, type]]:
     arrays["dense"] = ((None, len(schema.dense)), np.float32)
   if schema.weighted:
     arrays["weights"] = ((None, schema.columns), np.float32)
+  if len(schema.labels) > 1:
+    arrays["labels"] = ((None, len(schema.labels)), np.float32)
+  if schema.sample_weighted:
+    arrays["sample_weight"] = ((None,), np.float32)
   return arrays
 
 

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recjax.config import Data
+from recjax.data import log_files
 from recjax.data.chunks import Chunk, encode
-from recjax.data.log_files import find
 from recjax.data.text import Columns, DamagedLines, parse, shown
 from recjax.errors import UserError
 from recjax.schema import Feature, Schema
@@ -61,15 +61,8 @@ def schema(data: Data) -> Schema:
 
 
 def sources(data: Data) -> dict[str, tuple[str, ...]]:
-  """Finds the files, in time order, that each config field names.
-
-  Raises:
-    UserError: see log_files.find.
-  """
-  fields = {"data.train": data.train}
-  if data.test:
-    fields["data.test"] = data.test
-  return {field: find(pattern, field) for field, pattern in fields.items()}
+  """Finds the files of logs; see `log_files.sources`."""
+  return log_files.sources(data)
 
 
 def chunks(
@@ -107,16 +100,18 @@ def _convert(inputs: Schema, table: pa.Table) -> dict[str, Any]:
   integers = [pc.fill_null(table[n], 0).to_numpy() for n in inputs.dense]
   dense = np.stack(integers, axis=1, dtype=np.float32, casting="unsafe")
   cells, weights = {}, {}
-  for f in inputs.features:
+  cut = np.zeros(len(inputs.features), np.int64)
+  for i, f in enumerate(inputs.features):
     cells[f.name] = table[f.name].combine_chunks()
     if f.hotness > 1 or f.weighted:
-      cells[f.name] = _bags(cells[f.name], f.hotness)
+      cells[f.name], cut[i] = _bags(cells[f.name], f.hotness)
     if f.weighted:
       cells[f.name], weights[f.name] = _weigh(cells[f.name])
-  return {
+  return encode(inputs, cells, weights) | {
     "label": label.to_numpy().astype(np.float32),
     "dense": np.log(np.maximum(dense, -1) + 2),
-  } | encode(inputs, cells, weights if inputs.weighted else None)
+    "cut": cut,
+  }
 
 
 def _explain(fields: list[str]) -> tuple[str, str] | None:
@@ -126,15 +121,16 @@ def _explain(fields: list[str]) -> tuple[str, str] | None:
   return None
 
 
-def _bags(cells: pa.Array, hotness: int) -> pa.ListArray:
-  """'a,b,c' -> ['a', 'b', 'c'], at most `hotness` of them."""
+def _bags(cells: pa.Array, hotness: int) -> tuple[pa.ListArray, int]:
+  """'a,b,c' -> ['a', 'b', 'c'], `hotness` at most; and how many had more."""
   bags = pc.split_pattern(pc.fill_null(cells, ""), ",", max_splits=hotness)
-  return pc.list_slice(bags, 0, hotness)
+  longer = np.count_nonzero(bags.value_lengths().to_numpy() > hotness)
+  return pc.list_slice(bags, 0, hotness), longer
 
 
 def _weigh(bags: pa.ListArray) -> tuple[pa.ListArray, pa.ListArray]:
-  """['a:0.5', 'b'] -> ['a', 'b'] and [0.5, 1]; ArrowInvalid if damaged."""
-  parts = pc.split_pattern(bags.flatten(), ":", max_splits=1)
+  """['ip:10.0:0.5', 'b'] -> ['ip:10.0', 'b'], [0.5, 1]; else ArrowInvalid."""
+  parts = pc.split_pattern(bags.flatten(), ":", max_splits=1, reverse=True)
   given = pc.greater(parts.value_lengths(), 1)
   text = pc.list_element(pc.if_else(given, parts, pa.scalar(["", "1"])), 1)
   weight = text.cast(pa.float32())

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 
+from recjax.config import Data
 from recjax.errors import UserError
 from recjax.progress import Progress
 
@@ -42,6 +43,18 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
     return [int(p) if i % 2 else p for i, p in enumerate(parts)], path
 
   return tuple(sorted(paths, key=natural))
+
+
+def sources(data: Data) -> dict[str, tuple[str, ...]]:
+  """Finds the files, in time order, that each config field names.
+
+  Raises:
+    UserError: see `find`.
+  """
+  fields = {"data.train": data.train}
+  if data.test:
+    fields["data.test"] = data.test
+  return {field: find(pattern, field) for field, pattern in fields.items()}
 
 
 def escape(path: str) -> str:

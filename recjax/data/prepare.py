@@ -16,30 +16,34 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
-from recjax import config_check, files
+from recjax import config_check, files, log_schema
 from recjax.config import Config, Data
 from recjax.data import (
   blocks,
+  fit_numbers,
   log_files,
+  made_from,
+  numbers,
   prepared,
   staging,
   synthetic,
-  text,
   vocabulary,
 )
 from recjax.data.columns import Columns
+from recjax.data.log import Log
+from recjax.data.made_from import MadeFrom
+from recjax.data.numbers import Fitted
 from recjax.data.prepared import Prepared
 from recjax.data.split import Split
 from recjax.data.staging import Reader, Staged
 from recjax.errors import UserError
 from recjax.progress import Progress
-from recjax.schema import Schema
 
 Report = Callable[[str], None]
 
@@ -68,12 +72,13 @@ def prepare(
   """
   config_check.check(config)
   directory = directory.rstrip("/")
-  reader = columns or staging.FORMATS[config.data.format]
+  reader = columns or staging.reader_of(config)
+  reader.schema(config.data)  # or an error, before all work
   found = prepared.load(directory) if prepared.exists(directory) else None
   known = found.logs if found else {}
-  settings, logs = _settings(config.data, reader, known, report)
+  settings, logs = made_from.settings_of(config.data, reader, known, report)
   if found:
-    _check_same(found.settings, settings, directory)
+    made_from.check_same(found.settings, settings, directory)
     _remove(os.path.join(directory, staging.FOLDER))
     return found
   if os.path.exists(directory) and os.listdir(directory):
@@ -82,8 +87,8 @@ def prepare(
       " use another --workdir"
     )
   try:
-    made_from = MadeFrom(settings, logs)
-    _run(config.data, made_from, f"{directory}.unfinished", report, reader)
+    of = MadeFrom(settings, logs)
+    _run(config.data, of, f"{directory}.unfinished", report, reader)
     files.move_folder(f"{directory}.unfinished", directory)
   except (OSError, duckdb.Error, RuntimeError) as e:
     if not _disk_full(e):
@@ -118,77 +123,12 @@ def _remove(path: str) -> None:
     shutil.rmtree(path)
 
 
-# ---- Settings
-
-
-class MadeFrom(NamedTuple):
-  """What a data set is prepared from."""
-
-  settings: dict[str, Any]  # all that it depends on; logs by fingerprints
-  logs: dict[str, str]  # see `log_files.fingerprints`
-
-
-def _settings(
-  data: Data, reader: Reader, known: dict[str, str], report: Report
-) -> MadeFrom:
-  """Returns all that the prepared data depends on, by value.
-
-  Args:
-    data: the config.
-    reader: of the logs.
-    known: fingerprints that were taken before.
-    report: takes lines of progress.
-
-  Raises:
-    UserError: there are no such logs, or one is named twice.
-  """
-  logs: dict[str, str] = {}
-  names = ["format", "pooling", "min_count", "block_samples"]
-  names += ["hotness", "weighted"]
-  if not data.test:
-    names += ["test_fraction", "split"]
-    if data.split == "random":
-      names += ["seed"]
-  settings = {f"data.{name}": getattr(data, name) for name in names}
-  if isinstance(reader, Columns):
-    reader.sources(data)
-    settings["columns"] = reader.fingerprint()
-  elif data.format == "synthetic":
-    settings["data.seed"] = data.seed
-    for name, value in dataclasses.asdict(data.synthetic).items():
-      settings[f"data.synthetic.{name}"] = value
-  else:
-    sources = reader.sources(data)
-    log_files.check_apart(sources)
-    of_logs, logs = log_files.fingerprints(sources, known, report)
-    settings |= of_logs
-  # As it reads back.
-  return MadeFrom(json.loads(json.dumps(settings)), logs)
-
-
-def _check_same(
-  old: dict[str, Any], new: dict[str, Any], directory: str
-) -> None:
-  """Raises UserError where the settings of a data set differ."""
-  differ = [
-    f"{k} was {text.shown(old.get(k))}, is now {text.shown(new.get(k))}"
-    for k in sorted(old.keys() | new.keys())
-    if old.get(k) != new.get(k)
-  ]
-  if differ:
-    raise UserError(
-      f"{directory} was prepared from other logs or settings:"
-      f" {'; '.join(differ)}. Set them back, use another --workdir, or delete"
-      f" {directory}"
-    )
-
-
 # ---- The passes
 
 
 def _run(
   data: Data,
-  made_from: MadeFrom,
+  of: MadeFrom,
   directory: str,
   report: Report,
   reader: Reader,
@@ -198,21 +138,21 @@ def _run(
   Raises:
     UserError: damaged logs, or too few samples.
   """
-  schema = reader.schema(data)
-  staged = _stage(data, reader, made_from.settings, directory, report)
-  chunks = _Chunks(directory, schema, staged, data, report)
+  staged = _stage(data, reader, of.settings, directory, report)
+  chunks = _Chunks(directory, staged, data, reader, report)
   spill = os.path.join(chunks.folder, "spill")
   with vocabulary.open_engine(data.memory_mb, spill) as engine:
-    fingerprint = _count(engine, chunks, data.min_count)
+    fingerprint = _count(engine, chunks)
     samples = _pack(engine, chunks, data.block_samples)
   _remove(spill)
   prepared.save(
     directory,
-    schema,
+    chunks.schema,
     samples,
+    numbers=chunks.numbers,
     fingerprint=fingerprint,
-    settings=made_from.settings,
-    logs=made_from.logs,
+    settings=of.settings,
+    logs=of.logs,
     teacher=_read_json(os.path.join(directory, "logs", "teacher.json")),
   )
 
@@ -253,14 +193,19 @@ class _Chunks:
   def __init__(
     self,
     directory: str,
-    schema: Schema,
     staged: Staged,
     data: Data,
+    reader: Reader,
     report: Report,
   ):
     """Raises UserError where training or testing would have no sample."""
-    self.directory, self.schema, self.staged = directory, schema, staged
-    self.report = report
+    self.directory, self.staged, self.report = directory, staged, report
+    self.schema = schema = reader.schema(data)
+    log = reader.columns if isinstance(reader, Log) else log_schema.Schema()
+    self.min_counts = dict.fromkeys(schema.tables, data.min_count)
+    self.min_counts |= log_schema.min_counts(log, data.min_count)
+    self.log_numbers = log.numbers
+    self.numbers: tuple[Fitted, ...] = ()  # `fit` sets them
     self.folder = os.path.join(directory, staging.FOLDER)
     self.vocabulary = os.path.join(directory, vocabulary.FILE)
     tables = schema.tables
@@ -275,6 +220,24 @@ class _Chunks:
         " least one"
       )
 
+  def fit(self) -> None:
+    """Fits the normalisers of the log's numbers to the training split."""
+    if not self.log_numbers:
+      return
+    self.numbers = fit_numbers.fit(
+      self.log_numbers,
+      (
+        fit_numbers.sums(
+          self.log_numbers,
+          arrays["dense"],
+          row,
+          self.split.mask(row, len(arrays["label"])),
+          self.split.train,
+        )
+        for row, arrays, _ in self._read("fit")
+      ),
+    )
+
   def counts(self) -> Iterator[tuple[np.ndarray, pa.Array, np.ndarray]]:
     """Yields (table, value, count in the training split) of each chunk."""
     for row, arrays, values in self._read("count"):
@@ -287,46 +250,56 @@ class _Chunks:
     """Yields (table, value) of each chunk."""
     for i in range(len(self.staged.sizes)):
       feature = staging.features(self.folder, i)
-      yield self.table_of[feature], staging.values(self.folder, i)
+      values = staging.values(self.folder, i)
+      feature, values = numbers.with_buckets(self.numbers, feature, values)
+      yield self.table_of[feature], values
 
   def samples(
     self, ranks: Iterator[np.ndarray]
   ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """Yields (split, arrays of samples), given the ranks of `values`."""
+    wanted = blocks.features(self.schema)
     for row, arrays, _ in self._read("pack"):
       rank = np.append(next(ranks), np.int32(-1))  # which the code -1 finds
       arrays["ids"] = rank[arrays.pop("codes")]
-      del arrays["feature"]
+      if self.numbers:
+        arrays["dense"] = numbers.normalised(self.numbers, arrays["dense"])
       train = self.split.mask(row, len(arrays["label"]))
       for name, mask in (("train", train), ("test", ~train)):
         if mask.any():
-          yield name, {a: x[mask] for a, x in arrays.items()}
+          yield name, {a: arrays[a][mask] for a in wanted}
 
   def _read(
     self, name: str
   ) -> Iterator[tuple[int, dict[str, np.ndarray], pa.Array]]:
     progress = Progress(f"prepare: {name}", self.report, self.staged.rows)
-    return staging.read(self.folder, self.staged, progress)
+    for row, arrays, values in staging.read(self.folder, self.staged, progress):
+      yield row, *numbers.bucketed(self.numbers, arrays, values)
 
 
-def _count(
-  engine: duckdb.DuckDBPyConnection, chunks: _Chunks, min_count: int
-) -> str:
-  """Writes the vocabulary, where that is not done; returns its fingerprint."""
+def _count(engine: duckdb.DuckDBPyConnection, chunks: _Chunks) -> str:
+  """Fits the normalisers and writes the vocabulary, where that is not done.
+
+  Returns:
+    The vocabulary's fingerprint.
+  """
   done = os.path.join(chunks.folder, "counted.json")
   found = _read_json(done)
-  if found is None or "vocabulary" not in found:
-    found = {
-      "vocabulary": vocabulary.count(
-        engine,
-        chunks.counts(),
-        chunks.schema.tables,
-        min_count,
-        chunks.vocabulary,
-      )
-    }
-    files.write(done, json.dumps(found))
-  return found["vocabulary"]
+  if found is not None and "numbers" in found:
+    chunks.numbers = tuple(Fitted.from_json(x) for x in found["numbers"])
+    return found["vocabulary"]
+  chunks.fit()
+  tables = chunks.schema.tables
+  fingerprint = vocabulary.count(
+    engine,
+    chunks.counts(),
+    tables,
+    [chunks.min_counts[t] for t in tables],
+    chunks.vocabulary,
+  )
+  fitted = [x._asdict() for x in chunks.numbers]
+  files.write(done, json.dumps({"vocabulary": fingerprint, "numbers": fitted}))
+  return fingerprint
 
 
 def _pack(

@@ -19,11 +19,12 @@ import pyarrow as pa
 from recjax import files
 from recjax.data import vocabulary
 from recjax.data.blocks import Blocks
+from recjax.data.numbers import Fitted
 from recjax.errors import UserError
 from recjax.frequency import Profile
 from recjax.schema import Feature, Schema
 
-VERSION = 3  # of the prepared data; other versions are not read
+VERSION = 4  # of the prepared data; other versions are not read
 BLOCKS = "blocks"
 _FILE = "prepared.json"
 
@@ -39,6 +40,7 @@ class Prepared:
   vocabulary: str  # fingerprint: sha256 of the vocabulary's content
   settings: dict[str, Any]  # what it was made with
   logs: dict[str, str]  # those that were read; see `log_files.fingerprints`
+  numbers: tuple[Fitted, ...] = ()  # of a log with a schema of its own
   vocabulary_hash: str = ""  # sha256 of the file
   teacher: dict[str, Any] | None = None  # synthetic: auc, log_loss of the test
 
@@ -67,6 +69,7 @@ def save(
   schema: Schema,
   samples: dict[str, int],
   *,
+  numbers: tuple[Fitted, ...],
   fingerprint: str,
   settings: dict[str, Any],
   logs: dict[str, str],
@@ -81,6 +84,7 @@ def save(
     "version": VERSION,
     "schema": dataclasses.asdict(schema),
     "samples": samples,
+    "numbers": [x._asdict() for x in numbers],
     "vocabulary": fingerprint,
     "settings": settings,
     "logs": logs,
@@ -143,6 +147,8 @@ def load(directory: str) -> Prepared:
     schema = Schema(
       tuple(found["schema"]["dense"]),
       tuple(Feature(**f) for f in found["schema"]["features"]),
+      tuple(found["schema"]["labels"]),
+      found["schema"]["sample_weighted"],
     )
     samples = found["samples"]
     path = os.path.join(directory, vocabulary.FILE)
@@ -154,6 +160,7 @@ def load(directory: str) -> Prepared:
       found["vocabulary"],
       found["settings"],
       found["logs"],
+      tuple(Fitted.from_json(x) for x in found["numbers"]),
       found["vocabulary_hash"],
       found["teacher"],
     )

@@ -33,11 +33,11 @@ class Split:
     row = np.arange(start, start + rows, dtype=np.uint64)
     if self.train_rows is None and self.data.split == "random":
       seed = np.uint64((self.data.seed << 40) % 2**64)
-      return _splitmix64(row + seed) / 2.0**64 >= self.data.test_fraction
+      return splitmix64(row + seed) / 2.0**64 >= self.data.test_fraction
     return row < self.train
 
 
-def _splitmix64(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
   """Hashes 64-bit integers (Steele, Lea and Flood, 2014)."""
   x = x + np.uint64(0x9E3779B97F4A7C15)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -12,22 +12,48 @@ import numpy as np
 import pyarrow as pa
 
 from recjax import files
-from recjax.config import Data
+from recjax.config import FORMATS, Config, Data
 from recjax.data import criteo, movielens, text
 from recjax.data.chunks import Chunk
 from recjax.data.columns import Columns
+from recjax.data.log import Format, Log
 from recjax.progress import Progress
 
 FOLDER = "stage"  # of the data set that is being prepared
 
 # What reads logs: it has `schema`, `sources` and `chunks`.
-Reader = ModuleType | Columns
-# config.Data.format -> a module with `schema`, `sources` and `chunks`.
-FORMATS: dict[str, ModuleType] = {
+Reader = ModuleType | Columns | Log
+# config.Data.format -> what reads it: a module, or the format of a log whose
+# columns the config's schema names.
+_READERS: dict[str, ModuleType | Format] = {
   "criteo": criteo,
   "movielens": movielens,
   "synthetic": criteo,
 }
+
+
+def reader_of(config: Config, predicting: bool = False) -> Reader:
+  """Returns what reads the logs of a config.
+
+  Args:
+    config: whose `data.format` it is; its schema where the format has none.
+    predicting: see `Log`.
+  """
+  found = _READERS[config.data.format]
+  if isinstance(found, Format):
+    return Log(config.schema, found, predicting)
+  return found
+
+
+def register_format(name: str, format: Format) -> None:
+  """Adds a format of logs of one's own, for `data.format`.
+
+  Such a call stands in a config file; the tutorial has one. A format that is
+  there already is replaced.
+  """
+  if name not in FORMATS:
+    FORMATS.append(name)
+  _READERS[name] = format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +83,23 @@ def write(
   damaged = text.DamagedLines(data.max_bad_rows)
   sizes: list[tuple[int, int]] = []
   rows = train_rows = 0
+  cut = np.zeros(len(schema.features), np.int64)
   for field, paths in reader.sources(data).items():
     progress = Progress("prepare: stage", report)
     for chunk in reader.chunks(data, schema, paths, damaged):
       _write_chunk(os.path.join(directory, FOLDER), len(sizes), chunk)
       sizes.append((len(chunk.label), len(chunk.values)))
       rows += len(chunk.label)
+      cut += chunk.cut
       progress.add(len(chunk.label), chunk.read)
     if field == "data.train":
       train_rows = rows
+  for f, bags in zip(schema.features, cut.tolist(), strict=True):
+    if bags:
+      report(
+        f"prepare: {f.name}: {bags:,} of {rows:,} bags had more than "
+        f"{f.hotness} ids and were cut"
+      )
   if damaged.lines:
     files.write(os.path.join(directory, "skipped.tsv"), damaged.report())
     report(

@@ -19,7 +19,7 @@ frequency profile as well.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import duckdb
 import numpy as np
@@ -60,7 +60,7 @@ def count(
   engine: duckdb.DuckDBPyConnection,
   parts: Iterator[tuple[np.ndarray, pa.Array, np.ndarray]],
   tables: tuple[str, ...],
-  min_count: int,
+  min_counts: Sequence[int],
   path: str,
 ) -> str:
   """Writes the vocabulary of these counts to `path`, atomically.
@@ -70,7 +70,7 @@ def count(
     parts: (table [V] int16, value [V] strings with null = missing, count [V]);
       a value may come in many parts.
     tables: their names.
-    min_count: rarer values share their table's 'oov' row.
+    min_counts: [T]; rarer values share their table's 'oov' row.
     path: of the file.
 
   Returns:
@@ -86,6 +86,7 @@ def count(
     pa.record_batch(list(part), schema=columns).filter(pa.array(part[2] > 0))
     for part in parts
   )
+  least = list(min_counts)
   engine.register("parts", pa.RecordBatchReader.from_batches(columns, batches))
   engine.execute(
     "CREATE TABLE counts AS SELECT tbl, value, sum(n)::BIGINT AS n"
@@ -93,17 +94,18 @@ def count(
   )
   engine.execute(
     "CREATE TABLE special AS SELECT t.tbl, kind, coalesce(sum(n) FILTER"
-    " (value IS NULL AND kind = 1 OR value IS NOT NULL AND kind = 0 AND n < $m)"
-    ", 0)::BIGINT AS n FROM range($t) AS t(tbl) CROSS JOIN range(2) AS k(kind)"
+    " (value IS NULL AND kind = 1 OR value IS NOT NULL AND kind = 0"
+    " AND n < $m[t.tbl + 1]), 0)::BIGINT AS n FROM range($t) AS t(tbl)"
+    " CROSS JOIN range(2) AS k(kind)"
     " LEFT JOIN counts AS c ON c.tbl = t.tbl GROUP BY ALL",
-    {"m": min_count, "t": len(tables)},
+    {"m": least, "t": len(tables)},
   )
   rows = engine.sql(
     "SELECT tbl, 2 AS kind, value, n FROM counts"
-    " WHERE value IS NOT NULL AND n >= $m"
+    " WHERE value IS NOT NULL AND n >= $m[tbl + 1]"
     " UNION ALL SELECT tbl, kind, NULL, n FROM special"
     " ORDER BY n DESC, tbl, kind, value",
-    params={"m": min_count},
+    params={"m": least},
   )
   fingerprint = _write(rows.to_arrow_reader(_BATCH), tables, path)
   engine.execute("DROP TABLE counts")

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from recjax import config as config_lib
-from recjax import files
+from recjax import files, nodes
 from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.errors import UserError
@@ -207,7 +206,7 @@ def _topology(
   else:
     t = presets.of_device(kind, devices, hosts)
   if g:
-    config_lib.check_nodes(devices, g)
+    nodes.check_nodes(devices, g)
     t = dataclasses.replace(t, node_devices=g)
   return t, hosts
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from recjax import config as config_lib
+from recjax import log_schema
 from recjax.config import Config
 from recjax.data.prepared import Prepared
 from recjax.embedding import host_store, optimizers
@@ -38,7 +39,8 @@ def table_groups(
     config: whose embedding it is.
     rows: of each table, by its name.
   """
-  return groups_of(config_lib.table_specs(config.embedding, rows))
+  dims = log_schema.dims(config.schema)
+  return groups_of(config_lib.table_specs(config.embedding, rows, dims))
 
 
 def model_inputs(

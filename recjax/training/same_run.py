@@ -33,6 +33,7 @@ MAY_CHANGE = (
   "data.memory_mb",
   "data.route",
   "data.rows",  # of no data
+  "schema.keep",  # of predictions
 )
 _SHOWN = 60  # characters of a value
 
@@ -77,10 +78,13 @@ def differences(
   decays = now.get("train.decay_steps") and not now.get("train.steps")
   may_change = [x for x in MAY_CHANGE if not (decays and "batch" in x)]
   free = lambda path: any(f"{path}.".startswith(f"{x}.") for x in may_change)
+  # A field that is newer than a checkpoint had its default there.
+  default = as_json(flat(config_lib.Config()))
+  of = lambda settings, path: settings.get(path, default.get(path))
   return {
-    path: (was.get(path), now.get(path))
+    path: (of(was, path), of(now, path))
     for path in sorted(was.keys() | now.keys())
-    if not free(path) and was.get(path) != now.get(path)
+    if not free(path) and of(was, path) != of(now, path)
   }
 
 

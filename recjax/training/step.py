@@ -32,6 +32,12 @@ def log_losses(logits, labels):  # [b], [b] -> [b]
   return jax.nn.softplus(logits) - labels * logits
 
 
+def losses_of(logits, batch):  # [b] -> [b]
+  """Returns the log losses of samples, each times its weight."""
+  losses = log_losses(logits, batch["label"])
+  return losses * batch.get("sample_weight", 1.0)
+
+
 def make_train_step(spec: StepSpec, mesh: Mesh, options: dict | None = None):
   """Makes (state, batch, fetched, beside) -> (state, metrics, updated), jitted.
 
@@ -44,8 +50,8 @@ def make_train_step(spec: StepSpec, mesh: Mesh, options: dict | None = None):
 
   The step takes
     batch: label [B] float32, dense [B, D] float32, ids [B, S] int32 and maybe
-      weights [B, S] float32 and the route of the ids (embedding/host_route.py;
-      else the step makes it), sharded over the first axis.
+      weights [B, S], sample_weight [B] float32 and the ids' route
+      (host_route.py; else the step makes it), sharded over the first axis.
     fetched, beside: the visitors by group (look_ahead.py); {} where no rows are
       stored.
 
@@ -62,7 +68,7 @@ def make_train_step(spec: StepSpec, mesh: Mesh, options: dict | None = None):
     def loss_of(params, activations):
       with jax.named_scope("dense"):
         logits = spec.apply(params, batch["dense"], activations, masks)
-        return jnp.sum(log_losses(logits, batch["label"])) / plan.batch_size
+        return jnp.sum(losses_of(logits, batch)) / plan.batch_size
 
     loss, (grads, row_grads) = jax.value_and_grad(loss_of, argnums=(0, 1))(
       state.params, activations

@@ -135,7 +135,7 @@ def test_memory_stays_bounded(tmp_path):
   spill = str(tmp_path / "spill")
   with vocabulary.open_engine(128, spill) as engine:
     counted = ((t, v, np.full(len(v), 3)) for t, v in parts())
-    vocabulary.count(engine, counted, ("a",), 2, str(tmp_path / "v"))
+    vocabulary.count(engine, counted, ("a",), [2], str(tmp_path / "v"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
     ranks = np.concatenate(
       list(vocabulary.ranks(engine, parts, ("a",), str(tmp_path / "v")))

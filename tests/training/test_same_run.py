@@ -31,7 +31,7 @@ def test_every_field_may_change_or_is_refused():
     for path in fields
     if same_run.differences(fields, fields | {path: "another"})
   }
-  assert refused == {"seed", "data", "embedding", "model", "train"}
+  assert refused == {*("seed", "data", "schema", "embedding", "model", "train")}
   free = {
     path
     for path in fields
@@ -42,6 +42,7 @@ def test_every_field_may_change_or_is_refused():
     "data.memory_mb",
     "data.route",
     "data.rows",
+    "schema.keep",
     "train.batch_size",
     "train.epochs",
     "train.log_every_steps",

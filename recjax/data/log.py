@@ -1,0 +1,230 @@
+"""A log of any columns, which the config's schema names: files -> chunks.
+
+A format's reader gives rows by the names of their columns (rows.py), cells.py
+makes numbers and ids of them.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from recjax import log_schema
+from recjax.config import Data, Text
+from recjax.data import cells, log_files
+from recjax.data.cells import Fault
+from recjax.data.chunks import Chunk, encode
+from recjax.data.rows import Rows
+from recjax.data.text import DamagedLines
+from recjax.schema import Schema
+
+
+class Format(NamedTuple):
+  """How a format of logs is read: two functions of a file.
+
+  Attributes:
+    read: (path, {column: 'id', 'number' or 'text'}, config.Text, damaged lines)
+      -> rows of these columns.
+    names: (path, config.Text) -> {column: its type in words}; None = only
+      `read` knows.
+  """
+
+  read: Callable[[str, Mapping[str, str], Text, DamagedLines], Iterator[Rows]]
+  names: Callable[[str, Text], dict[str, str]] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+  """Reads a log's files; has what a module of a log format has."""
+
+  columns: log_schema.Schema
+  format: Format
+  # To predict: labels may be missing, and are nan then; chunks bring the
+  # columns that predictions repeat.
+  predicting: bool = False
+
+  def schema(self, data: Data) -> Schema:
+    """Returns the inputs of a sample; UserError where the columns are none."""
+    return log_schema.inputs_of(self.columns)
+
+  def sources(self, data: Data) -> dict[str, tuple[str, ...]]:
+    """Finds the files, in time order, that each config field names.
+
+    Raises:
+      UserError: see log_files.find.
+    """
+    return log_files.sources(data)
+
+  def chunks(
+    self,
+    data: Data,
+    inputs: Schema,
+    paths: tuple[str, ...],
+    damaged: DamagedLines,
+  ) -> Iterator[Chunk]:
+    """Reads the samples of files, in order; numbers as they are.
+
+    Raises:
+      UserError: a file that cannot be read; more damaged rows than allowed.
+    """
+    sizes = [os.path.getsize(path) for path in paths]
+    for i, path in enumerate(paths):
+      wanted = self._wanted(path, data.text)
+      for rows in self.format.read(path, wanted, data.text, damaged):
+        chunk = self._chunk(inputs, path, rows, damaged)
+        if chunk is not None:
+          read = (sum(sizes[:i]) + min(rows.read, sizes[i])) / sum(sizes)
+          yield dataclasses.replace(chunk, read=read)
+
+  def _wanted(self, path: str, options: Text) -> dict[str, str]:
+    """Returns what the reader is to give of a file."""
+    wanted = _wanted(self.columns, self.columns.keep if self.predicting else ())
+    if self.predicting and self.format.names is not None:
+      there = self.format.names(path, options)
+      labels = {log_schema.label_of(x)[0] for x in self.columns.labels}
+      return {n: k for n, k in wanted.items() if n in there or n not in labels}
+    return wanted
+
+  def _chunk(
+    self, inputs: Schema, path: str, rows: Rows, damaged: DamagedLines
+  ) -> Chunk | None:
+    """Makes samples of rows; the damaged ones are left out."""
+    found, faults = _converted(self, inputs, rows.table)
+    if faults:
+      bad = _report(path, rows.at, faults, damaged)
+      found, faults = _converted(self, inputs, rows.table.filter(~bad))
+      assert not faults, faults
+    return found if len(found.label) else None
+
+
+def _report(
+  path: str, at: np.ndarray, faults: list[Fault], damaged: DamagedLines
+) -> np.ndarray:
+  """Tells of each damaged row what is wrong first: [k] bool, which they are."""
+  bad = np.zeros(len(at), bool)
+  told = sorted(
+    (int(row), i, fault.column, reason)
+    for i, fault in enumerate(faults)
+    for row, reason in zip(fault.rows, fault.reasons, strict=True)
+  )
+  for row, _, column, reason in told:
+    if not bad[row]:
+      damaged.add(path, int(at[row]), column, reason)
+      bad[row] = True
+  return bad
+
+
+def _wanted(
+  columns: log_schema.Schema, keep: tuple[str, ...]
+) -> dict[str, str]:
+  """Returns what a reader is to give: {column: 'number', 'id' or 'text'}."""
+  found: dict[str, str] = {}
+
+  def want(name: str, kind: str) -> None:
+    found[name] = kind if found.get(name, kind) == kind else "text"
+
+  for label in columns.labels:
+    want(log_schema.label_of(label)[0], "number")
+  for x in columns.numbers:
+    want(x.name, "number")
+  for f in columns.features:
+    if isinstance(f, log_schema.Cross):
+      for name in f.names:
+        want(name, "id")
+    elif isinstance(f, log_schema.Ids):
+      want(f.name, "text")
+      if f.weights:
+        want(f.weights, "text")
+    else:
+      want(f.name, "id")
+  if columns.weight:
+    want(columns.weight, "number")
+  for name in keep:
+    want(name, "text")
+  return found
+
+
+# ---- Conversion
+
+
+def _converted(
+  log: Log, inputs: Schema, table: pa.Table
+) -> tuple[Chunk, list[Fault]]:
+  """Returns the samples of rows, and the cells that none can have."""
+  columns = {name: cells.flat(table[name]) for name in table.column_names}
+  schema, faults = log.columns, []
+  of_labels = []
+  for label in schema.labels:
+    name, threshold = log_schema.label_of(label)
+    if log.predicting and name not in columns:
+      of_labels.append(np.full(len(table), np.nan, np.float32))
+      continue
+    found, wrong = cells.labels(name, columns[name], threshold)
+    of_labels.append(found)
+    faults += wrong
+  of_numbers = []
+  for x in schema.numbers:
+    found, wrong = cells.numbers(x.name, columns[x.name])
+    of_numbers.append(found)
+    faults += wrong
+  weight = None
+  if schema.weight:
+    weight, wrong = cells.sample_weights(schema.weight, columns[schema.weight])
+    faults += wrong
+  ids, weights, wrong = _ids(schema, columns)
+  faults += wrong
+  if faults:
+    return None, faults
+  k = len(table)
+  last = [f.name for f in schema.features if getattr(f, "keep", "") == "last"]
+  labels = np.stack(of_labels, axis=1) if len(of_labels) > 1 else None
+  return (
+    Chunk(
+      label=of_labels[0],
+      dense=np.stack(of_numbers, axis=1) if of_numbers else np.empty((k, 0)),
+      read=0.0,
+      labels=labels,
+      sample_weight=weight,
+      keep=table.select(schema.keep) if log.predicting else None,
+      **encode(inputs, ids, weights, last),
+    ),
+    [],
+  )
+
+
+def _ids(
+  schema: log_schema.Schema, columns: Mapping[str, pa.Array]
+) -> tuple[dict[str, pa.Array], dict[str, pa.Array], list[Fault]]:
+  """Returns the cells of each feature, the weights of bags, and what is wrong.
+
+  Numbers with buckets have none yet: those are fitted first.
+  """
+  found, weights, faults = {}, {}, []
+  for f in schema.features:
+    match f:
+      case log_schema.Ids():
+        of = (f.weights, columns[f.weights]) if f.weights else None
+        bags = cells.bags(
+          f.name, columns[f.name], f.separator, of, f.weight_separator
+        )
+        found[f.name] = bags.ids
+        if bags.weights is not None:
+          weights[f.name] = bags.weights
+        faults += bags.faults
+      case log_schema.Hashed():
+        coded = cells.ids(f.name, columns[f.name])
+        found[f.name] = cells.hashed(coded, f.rows)
+      case log_schema.Cross():
+        parts = [cells.ids(name, columns[name]) for name in f.names]
+        found[f.name] = cells.hashed(cells.crossed(parts), f.rows)
+      case log_schema.Id():
+        found[f.name] = cells.ids(f.name, columns[f.name])
+  k = len(next(iter(columns.values())))
+  nothing = pa.nulls(k, pa.string())
+  for x in schema.numbers:
+    if x.buckets:
+      found[x.name] = nothing
+  return found, weights, faults
