@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 
 from recjax.config import Config, Data
-from recjax.data import prepare, text
+from recjax.data import prepare, text_blocks
 from recjax.data.prepared import Prepared
 from recjax.errors import UserError
 
@@ -228,7 +228,7 @@ def attempt(seed: int, index: int, folder: str, result: Result) -> None:
   label = f"try {index} ({log.name}, {os.path.basename(paths[hit])}, {limit})"
   chunk = rng.choice((1 << 25, 3_000))
   try:
-    with mock.patch.object(text, "CHUNK_BYTES", chunk):
+    with mock.patch.object(text_blocks, "CHUNK_BYTES", chunk):
       found = prepare.prepare(c, os.path.join(folder, "p"), lambda _: None)
   except UserError as e:
     result.counts["message"] += 1

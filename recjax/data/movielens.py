@@ -19,7 +19,7 @@ import tensorflow_datasets as tfds
 
 from recjax import files
 from recjax.config import Data
-from recjax.data import log_files, text
+from recjax.data import log_files, text, text_blocks
 from recjax.data.chunks import Chunk, encode
 from recjax.data.text import DamagedLines
 from recjax.errors import UserError
@@ -203,12 +203,12 @@ def _side(path: str, fields: int, damaged: DamagedLines) -> list[list[str]]:
   """
   rows = []
   with open(path, encoding="latin-1") as file:
-    lines = iter(lambda: file.readline(text.CHUNK_BYTES + 1), "")
+    lines = iter(lambda: file.readline(text_blocks.CHUNK_BYTES + 1), "")
     for number, line in enumerate(lines, start=1):
-      if len(line) > text.CHUNK_BYTES:
+      if len(line) > text_blocks.CHUNK_BYTES:
         raise UserError(
-          f"{path}, line {number}: longer than {text.CHUNK_BYTES:,} bytes;"
-          " is this a table in text form?"
+          f"{path}, line {number}: longer than {text_blocks.CHUNK_BYTES:,}"
+          " bytes; is this a table in text form?"
         )
       row = line.rstrip("\r\n").split("::")
       if len(row) == fields:

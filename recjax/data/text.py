@@ -8,24 +8,16 @@ parser that reads the data.
 
 import csv
 import dataclasses
-import gzip
 import io
-import itertools
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from recjax.data.text_blocks import MARK, arrow_bytes, blocks
 from recjax.errors import UserError
-
-CHUNK_BYTES = 1 << 25  # of text; a longer line is an error
-LINES = 1 << 18  # parsed together at most
-_PIECE_BYTES = 1 << 20  # unpacked at a time
-_MARK = b"\xef\xbb\xbf"  # byte order mark: a file may begin with one
 
 
 @dataclasses.dataclass
@@ -63,73 +55,6 @@ class DamagedLines:
     return out.getvalue()
 
 
-def _blocks(path: str) -> Iterator[tuple[int, bytes, int]]:
-  """Reads a plain or gzipped file in pieces that end with a line.
-
-  Yields:
-    (number of the first line, whole lines, bytes of the file read so far).
-
-  Raises:
-    UserError: an empty, truncated or damaged file; an endless line.
-  """
-  line, rest, broken = 1, b"", None
-  with open(path, "rb") as raw:
-    zipped = raw.peek(2)[:2] == b"\x1f\x8b"
-    f = gzip.GzipFile(fileobj=raw) if zipped else raw
-    while not broken:
-      data, broken = _filled(f)
-      if not data:
-        break
-      data = rest + data
-      if line == 1:
-        data = data.removeprefix(_MARK)
-      end = data.rfind(b"\n") + 1
-      if not end and len(data) > CHUNK_BYTES:
-        raise UserError(
-          f"{path}, line {line}: longer than {CHUNK_BYTES:,} bytes;"
-          " is this a log in text form?"
-        )
-      rest = data[end:]
-      for block in _few_lines(data[:end]):
-        yield line, block, raw.tell()
-        line += block.count(b"\n")
-    if broken:
-      raise UserError(
-        f"{path}: the .gz is truncated or damaged after line"
-        f" {line - 1:,} ({broken}); fetch it again"
-      ) from broken
-    if rest:
-      yield line, rest + b"\n", raw.tell()
-    elif line == 1:
-      raise UserError(f"{path} is empty")
-
-
-def _filled(f) -> tuple[bytes, Exception | None]:
-  """Reads CHUNK_BYTES of a plain or gzipped file, fewer at its end.
-
-  Returns:
-    (the bytes, what is wrong with the .gz after them).
-  """
-  parts, missing = [], CHUNK_BYTES
-  try:
-    while missing and (part := f.read1(min(missing, _PIECE_BYTES))):
-      parts.append(part)
-      missing -= len(part)
-  except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-    return b"".join(parts), e
-  return b"".join(parts), None
-
-
-def _few_lines(block: bytes) -> Iterator[bytes]:
-  """Cuts whole lines into blocks of LINES at most: a line may be one byte."""
-  if block.count(b"\n") > LINES:
-    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
-    cuts = [0, *ends[LINES - 1 : -1 : LINES].tolist(), len(block)]
-    yield from (block[a:b] for a, b in itertools.pairwise(cuts))
-  elif block:
-    yield block
-
-
 # ---- Parsing
 
 
@@ -158,13 +83,13 @@ _TYPES = {
 def _parse(block: bytes, columns: Columns) -> Any:
   """Parses and converts the lines; pa.ArrowInvalid where one is damaged."""
   # PyArrow drops a mark where the text that it is given begins.
-  if block.startswith(_MARK) or b"\n" + _MARK in block:
+  if block.startswith(MARK) or b"\n" + MARK in block:
     raise pa.ArrowInvalid("a byte order mark inside the file")
   lines = block.count(b"\n")
   if columns.separator != b"\t":
     block = block.replace(b"\t", b" ").replace(columns.separator, b"\t")
   table = pyarrow.csv.read_csv(
-    _arrow_bytes(block),
+    arrow_bytes(block),
     read_options=pyarrow.csv.ReadOptions(
       column_names=list(columns.kinds), block_size=max(len(block), 1 << 20)
     ),
@@ -187,17 +112,6 @@ def _parse(block: bytes, columns: Columns) -> Any:
   return columns.convert(table.unify_dictionaries().combine_chunks())
 
 
-def _arrow_bytes(block: bytes) -> pa.Buffer:
-  """Copies bytes to memory of PyArrow's own.
-
-  Its threads may hold the last reference to what it reads, after it has
-  returned: releasing an object of Python, they abort a process that is exiting.
-  """
-  copied = pa.BufferOutputStream()
-  copied.write(block)
-  return copied.getvalue()
-
-
 def parse(
   path: str, columns: Columns, damaged: DamagedLines
 ) -> Iterator[tuple[Any, int]]:
@@ -214,10 +128,10 @@ def parse(
   Raises:
     UserError: the file cannot be read; more damaged lines than are allowed.
   """
-  for first, block, read in _blocks(path):
-    found = _parse_or_skip(path, first, block, columns, damaged)
+  for block in blocks(path):
+    found = _parse_or_skip(path, block.line, block.data, columns, damaged)
     if found is not None:
-      yield found, read
+      yield found, block.read
 
 
 def _parse_or_skip(
@@ -274,7 +188,7 @@ def _explain(
   fields = line.rstrip(b"\r\n").split(columns.separator)
   if len(fields) != len(names):
     return "", f"{len(fields)} fields where {len(names)} are expected"
-  if line.startswith(_MARK):
+  if line.startswith(MARK):
     return names[0], f"{shown(fields[0])} begins with a byte order mark"
   for name, field in zip(names, fields, strict=True):
     if b"\r" in field:

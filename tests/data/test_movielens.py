@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from helpers_data import REAL, arrays, config, needs_real_data, quiet
 
-from recjax.data import movielens, prepare, text, vocabulary
+from recjax.data import movielens, prepare, text_blocks, vocabulary
 from recjax.errors import UserError
 
 
@@ -78,7 +78,7 @@ def test_movielens_errors(tmp_path):
 
 def test_an_endless_line_beside_the_ratings(tmp_path, monkeypatch):
   files = movielens_files(tmp_path / "ml")
-  monkeypatch.setattr(text, "CHUNK_BYTES", 1_000)
+  monkeypatch.setattr(text_blocks, "CHUNK_BYTES", 1_000)
   with open(files / "users.dat", "a") as f:
     f.write("x" * 1_001)
   c = config(files, format="movielens")

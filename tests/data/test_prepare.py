@@ -24,7 +24,14 @@ from helpers_data import (
 )
 
 from recjax.config import Config, Data, Synthetic
-from recjax.data import blocks, criteo, prepare, prepared, text, vocabulary
+from recjax.data import (
+  blocks,
+  criteo,
+  prepare,
+  prepared,
+  text_blocks,
+  vocabulary,
+)
 from recjax.errors import UserError
 
 
@@ -125,7 +132,7 @@ def test_chunks_and_blocks_do_not_matter(tmp_path, monkeypatch):
   log(tmp_path / "log.tsv")
   c = config(tmp_path / "log.tsv")
   whole = prepare.prepare(c, str(tmp_path / "p"), quiet)
-  monkeypatch.setattr(text, "CHUNK_BYTES", 3_000)
+  monkeypatch.setattr(text_blocks, "CHUNK_BYTES", 3_000)
   monkeypatch.setattr(vocabulary, "_BATCH", 7)
   monkeypatch.setattr(blocks, "_FILE_BYTES", 1)
   c.data.block_samples = 10

@@ -12,7 +12,7 @@ from helpers_data import GOOD, field, read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from recjax.data import text as text_lib
+from recjax.data import text_blocks
 from recjax.errors import UserError
 
 DAMAGED = {
@@ -67,7 +67,7 @@ def test_damaged_lines_are_skipped_up_to_the_limit(tmp_path, lines):
 
 
 def test_line_numbers_hold_in_every_block(tmp_path, monkeypatch):
-  monkeypatch.setattr(text_lib, "CHUNK_BYTES", 1_000)  # a few lines
+  monkeypatch.setattr(text_blocks, "CHUNK_BYTES", 1_000)  # a few lines
   text = GOOD * 57 + field(GOOD, 3, b"x") + GOOD * 40 + b"\n" + GOOD
   path = tmp_path / "log.tsv.gz"
   path.write_bytes(gzip.compress(text))
@@ -86,7 +86,7 @@ def test_a_byte_order_mark_opens_a_file_and_no_other_line(
   path = tmp_path / "log.tsv"
   lines = [MARK + GOOD, GOOD, MARK + GOOD, GOOD, MARK + GOOD, GOOD]
   path.write_bytes(b"".join(lines))
-  monkeypatch.setattr(text_lib, "CHUNK_BYTES", 6 * len(GOOD) // blocks)
+  monkeypatch.setattr(text_blocks, "CHUNK_BYTES", 6 * len(GOOD) // blocks)
   label, _, _, bad = read(path, limit=2)
   assert len(label) == 4
   assert [(line, f) for _, line, f, _ in bad.lines] == [
@@ -98,7 +98,7 @@ def test_a_byte_order_mark_opens_a_file_and_no_other_line(
 
 
 def test_an_endless_line_is_an_error(tmp_path, monkeypatch):
-  monkeypatch.setattr(text_lib, "CHUNK_BYTES", 1_000)
+  monkeypatch.setattr(text_blocks, "CHUNK_BYTES", 1_000)
   path = tmp_path / "log.bin"
   path.write_bytes(GOOD + b"x" * 5_000)
   with pytest.raises(UserError, match=r"longer than 1,000 bytes"):
@@ -123,7 +123,7 @@ def test_a_truncated_gz_is_an_error(tmp_path, keep):
   found = re.search(r"after line ([\d,]+)", str(e.value))
   line = int(found[1].replace(",", ""))
   # To a piece of what is unpacked.
-  assert lines - text_lib._PIECE_BYTES // len(GOOD) <= line <= lines
+  assert lines - text_blocks.PIECE_BYTES // len(GOOD) <= line <= lines
   assert keep < 0.5 or line > 0
 
 
