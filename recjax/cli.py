@@ -8,7 +8,8 @@ import pathlib
 import re
 import sys
 import threading
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -22,9 +23,15 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Holds all that a run makes [runs/<config name>]."
 )
-_MODES = ["train", "prepare", "plan", "evaluate"]
+_MODES = ["train", "prepare", "plan", "evaluate", "predict", "export_rows"]
 _MODE = flags.DEFINE_enum(
   "mode", "train", _MODES, "train does all that is not done yet."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "What predict and export_rows write."
+)
+_TABLES = flags.DEFINE_string(
+  "tables", None, "Those that export_rows writes: a,b [all]."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of id 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many run this job.")
@@ -37,7 +44,10 @@ def run() -> None:
   With 143 after SIGTERM and 130 after Ctrl-C: see signals.py.
   """
   signals.listen()
-  holders = _CONFIG, _WORKDIR, _MODE, _COORDINATOR, _PROCESSES, _PROCESS_ID
+  holders = (
+    *(_CONFIG, _WORKDIR, _MODE, _OUTPUT, _TABLES),
+    *(_COORDINATOR, _PROCESSES, _PROCESS_ID),
+  )
   for holder in holders:  # so that --help shows them
     flag = flags.FLAGS[holder.name]
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -77,9 +87,12 @@ def main(_: list[str]) -> None:
     f"--config.{path}": same_run.as_json(value)
     for path, value in same_run.flat(config).items()
     if path != "plan.host_store_dir"  # each machine's own
-  } | {"--mode": _MODE.value}
+  }
+  own = (_MODE, _OUTPUT, _TABLES)
+  settings |= {f"--{f.name}": f.value for f in own if f.value is not None}
   index = 0
   try:
+    written = _written(jobs.WRITE_OUTPUT)
     folder = folders.named(workdir, "--workdir")
     with distributed.job(*job, settings=settings, workdir=folder) as (
       index,
@@ -89,13 +102,39 @@ def main(_: list[str]) -> None:
         mesh.simulate_devices(config.mesh.devices, count)
       report = lambda s: None if index else print(s, flush=True)
       mode = jobs.MODES[_MODE.value]
-      mode(config, folder, report)
+      mode(config, folder, report, **written)
   except signals.Ended as e:
     if index == 0:
       signals.say(str(e))
     sys.exit(signals.code(e.signum))
   except UserError as e:
     _fail(e)
+
+
+def _written(modes: Sequence[str]) -> dict[str, Any]:
+  """Returns what --output and --tables say, as a job takes it.
+
+  Args:
+    modes: those that write an output.
+
+  Raises:
+    UserError: one is given that the mode does not take, or is missing.
+  """
+  mode, found = _MODE.value, {}
+  if _OUTPUT.value and mode not in modes:
+    raise UserError(
+      f"--output: --mode={mode} writes into --workdir alone; leave it out, or "
+      f"use it with --mode={' or '.join(modes)}"
+    )
+  if mode in modes:
+    if not _OUTPUT.value:
+      raise UserError(f"--output: missing; say what --mode={mode} is to write")
+    found["output"] = pathlib.Path(_OUTPUT.value).absolute()
+  if mode == "export_rows":
+    found["tables"] = tuple(x for x in (_TABLES.value or "").split(",") if x)
+  elif _TABLES.value:
+    raise UserError("--tables: --mode=export_rows alone takes it; leave it out")
+  return found
 
 
 def own_configs() -> dict[str, pathlib.Path]:

@@ -50,6 +50,10 @@ class Data:
   format: str = one_of(FORMATS)
   train: str = ""  # path, or globs: a,b; a comma of a name is [,]
   test: str = ""  # the same; "" = the last part of train
+  # Other logs of these columns, by the vocabulary that was prepared: what
+  # --mode=predict scores, and --mode=evaluate instead of the test part.
+  predict: str = ""
+  evaluate: str = ""
   test_fraction: float = number(0.1, between=(0, 1))
   seed: int = number(0, at_least=0)  # of a random split, and of the teacher
   split: str = choice("time", "random")  # which part is the test part

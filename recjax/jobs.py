@@ -13,6 +13,7 @@ import jax
 from recjax import distributed, errors, folders, frequency, writer_lock
 from recjax import mesh as mesh_lib
 from recjax.config import Config
+from recjax.data import other_log
 from recjax.data import prepare as prepare_lib
 from recjax.data import prepared as prepared_lib
 from recjax.data.prepared import Prepared
@@ -22,9 +23,10 @@ from recjax.models import build as models
 from recjax.plan.plan import Plan
 from recjax.planner import write_plan
 from recjax.training import build as build_lib
-from recjax.training import checkpoint, inputs
+from recjax.training import checkpoint, inputs, predictions, score_log
 from recjax.training import train as train_lib
 from recjax.training.evaluate import evaluate as evaluate_run
+from recjax.training.state import Run
 
 Report = Callable[[str], None]
 
@@ -152,15 +154,20 @@ def _begin(config, workdir, report, serving=False):
 
 
 def _summary(step: int, result: dict, prepared: Prepared) -> str:
-  lines = [f"test metrics at step {step}:"]
-  shown = lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.6f}"
-  lines += [f"  {name} {shown(value)}" for name, value in result.items()]
+  lines = _shown(f"test metrics at step {step}:", result)
   if prepared.teacher:
-    lines.append(
-      f"the teacher that drew the labels: auc {prepared.teacher['auc']:.6f}, "
+    lines += (
+      f"\nthe teacher that drew the labels: auc {prepared.teacher['auc']:.6f}, "
       f"log_loss {prepared.teacher['log_loss']:.6f}"
     )
-  return "\n".join(lines)
+  return lines
+
+
+def _shown(title: str, result: Mapping[str, float]) -> str:
+  """Returns metrics, a line each."""
+  shown = lambda x: f"{x:,}" if isinstance(x, int) else f"{x:.6f}"
+  lines = [f"  {name} {shown(value)}" for name, value in result.items()]
+  return "\n".join([title, *lines])
 
 
 # ---- Jobs
@@ -193,23 +200,81 @@ def evaluate(
 ) -> dict[str, float]:
   """Evaluates a checkpoint on this mesh, with a plan for serving.
 
-  Reads the rows only, not the slot variables. Of a workdir that it may not
-  write to nothing but the plan's page is missing.
+  On the test split, or on the log that data.evaluate names. Reads the rows
+  only, not the slot variables. Of a workdir that it may not write to nothing
+  but the plan's page is missing.
   """
   with errors.of_the_system(f"evaluating {workdir}"):
-    prepared, run, _ = _begin(config, workdir, report, serving=True)
-    directory, step = workdir / "checkpoints", config.checkpoint.step
-    if step < 0:
-      step = checkpoint.newest(directory)
-      if step is None:
-        raise UserError(
-          f"--workdir: {directory} holds no checkpoint to evaluate; train first"
-        )
-    run, _ = train_lib.restore(run, prepared, directory, step, report)
-    test = inputs.scored_batches(run, prepared)
-    result = evaluate_run(run, test, prepared.samples["test"], report)
-    report(_summary(step, result, prepared))
+    log = (
+      other_log.open_log(config, "evaluate") if config.data.evaluate else None
+    )
+    prepared, run, step = _restored(config, workdir, report)
+    if log is None:
+      test = inputs.scored_batches(run, prepared)
+      result = evaluate_run(run, test, prepared.samples["test"], report)
+      report(_summary(step, result, prepared))
+    else:
+      parts = other_log.read(prepared, log, config.data, report)
+      scored = score_log.score(run, prepared, parts, report)
+      result = score_log.evaluate(scored, f"data.evaluate at step {step}")
+      report(_shown(f"metrics of data.evaluate at step {step}:", result))
   return result
+
+
+def predict(
+  config: Config,
+  workdir: pathlib.Path,
+  report: Report = print,
+  *,
+  output: pathlib.Path,
+) -> dict[str, float]:
+  """Scores the log that data.predict names, into a file in its order.
+
+  Returns:
+    The metrics of its samples that have labels; {} where none has.
+
+  Raises:
+    UserError: bad config, log, checkpoint or output.
+  """
+  predictions.check(output, config.schema.keep)
+  log = other_log.open_log(config, "predict")
+  with errors.of_the_system(f"predicting into {output}"):
+    prepared, run, step = _restored(config, workdir, report)
+    of = {
+      "checkpoint": [step, checkpoint.read_meta(workdir / "checkpoints", step)],
+      "log": log.stamps(),
+      "keep": list(config.schema.keep),
+    }
+    begun = lambda: str(predictions.begun(output, of))
+    done = int(distributed.from_first(begun))
+    if done:
+      report(f"going on with {output} after {done:,} samples")
+    parts = other_log.read(prepared, log, config.data, report)
+    scored = score_log.score(run, prepared, parts, report, done=done)
+    result = {}
+    if jax.process_index() == 0:
+      result = predictions.write(output, scored)
+    else:
+      for _ in scored:
+        pass
+    report(f"{output} holds predictions of step {step}")
+    if result:
+      report(_shown("metrics of the samples that have labels:", result))
+  return result
+
+
+def _restored(config, workdir, report) -> tuple[Prepared, Run, int]:
+  """Returns the data set, a run with a checkpoint's state, and its step."""
+  prepared, run, _ = _begin(config, workdir, report, serving=True)
+  directory, step = workdir / "checkpoints", config.checkpoint.step
+  if step < 0:
+    step = checkpoint.newest(directory)
+    if step is None:
+      raise UserError(
+        f"--workdir: {directory} holds no checkpoint to evaluate; train first"
+      )
+  run, _ = train_lib.restore(run, prepared, directory, step, report)
+  return prepared, run, step
 
 
 def prepare_and_plan(
@@ -227,4 +292,6 @@ MODES = {
   "prepare": prepare,
   "plan": prepare_and_plan,
   "evaluate": evaluate,
+  "predict": predict,
 }
+WRITE_OUTPUT = ("predict",)  # modes that need --output

@@ -175,7 +175,7 @@ class Batches:
     if self.positions_of is not None:
       batch["ids"] = self.positions_of(batch["ids"])
     batch["mask"] = np.ones(len(batch["label"]), np.float32)
-    return _padded(batch, b)
+    return padded(batch, b)
 
   def _read(
     self, epoch: int, pieces: list[shuffle.Piece]
@@ -215,7 +215,7 @@ class Batches:
     return found
 
 
-def _padded(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+def padded(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
   """Fills a batch up to `size` samples: ids with -1, all else with 0."""
   missing = size - len(batch["label"])
   if not missing:

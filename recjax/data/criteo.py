@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recjax.config import Data
-from recjax.data import log_files
+from recjax.data import log_files, text_blocks
 from recjax.data.chunks import Chunk, encode
 from recjax.data.text import Columns, DamagedLines, parse, shown
 from recjax.errors import UserError
@@ -66,7 +66,12 @@ def sources(data: Data) -> dict[str, tuple[str, ...]]:
 
 
 def chunks(
-  data: Data, inputs: Schema, paths: tuple[str, ...], damaged: DamagedLines
+  data: Data,
+  inputs: Schema,
+  paths: tuple[str, ...],
+  damaged: DamagedLines,
+  *,
+  predicting: bool = False,
 ) -> Iterator[Chunk]:
   """Reads the samples of Criteo-format files, in the order of the lines.
 
@@ -78,25 +83,40 @@ def chunks(
     inputs: see `schema`.
     paths: of the files, plain or .gz.
     damaged: takes damaged lines.
+    predicting: a file may have no labels, and 39 fields; they are nan then.
 
   Raises:
     UserError: a file that cannot be read; more damaged lines than allowed.
   """
-  kinds = {"label": "int"} | dict.fromkeys(DENSE, "int")
+  kinds = dict.fromkeys(DENSE, "int")
   for f in inputs.features:
     kinds[f.name] = "text" if f.hotness > 1 or f.weighted else "id"
-  columns = Columns(kinds, functools.partial(_convert, inputs), _explain)
+  convert = functools.partial(_convert, inputs)
+  unlabelled = Columns(kinds, convert, lambda fields: None)
+  labelled = Columns({"label": "int"} | kinds, convert, _explain)
   sizes = [os.path.getsize(path) for path in paths]
   for i, path in enumerate(paths):
+    none = predicting and _fields(path) == len(kinds)
+    columns = unlabelled if none else labelled
     for found, read in parse(path, columns, damaged):
       yield Chunk(**found, read=(sum(sizes[:i]) + read) / sum(sizes))
 
 
+def _fields(path: str) -> int:
+  """Returns how many fields a file's first line has."""
+  line = text_blocks.head(path).partition(b"\n")[0]
+  return line.count(b"\t") + 1
+
+
 def _convert(inputs: Schema, table: pa.Table) -> dict[str, Any]:
   """Turns parsed columns into a Chunk's fields; ArrowInvalid if damaged."""
-  label = table["label"]
-  if label.null_count or not pc.all(pc.is_in(label, pa.array([0, 1]))).as_py():
-    raise pa.ArrowInvalid("label")
+  label = np.full(len(table), np.nan, np.float32)
+  if "label" in table.column_names:
+    given = table["label"]
+    good = pc.is_in(given, pa.array([0, 1]))
+    if given.null_count or not pc.all(good).as_py():
+      raise pa.ArrowInvalid("label")
+    label = given.to_numpy().astype(np.float32)
   integers = [pc.fill_null(table[n], 0).to_numpy() for n in inputs.dense]
   dense = np.stack(integers, axis=1, dtype=np.float32, casting="unsafe")
   cells, weights = {}, {}
@@ -108,7 +128,7 @@ def _convert(inputs: Schema, table: pa.Table) -> dict[str, Any]:
     if f.weighted:
       cells[f.name], weights[f.name] = _weigh(cells[f.name])
   return encode(inputs, cells, weights) | {
-    "label": label.to_numpy().astype(np.float32),
+    "label": label,
     "dense": np.log(np.maximum(dense, -1) + 2),
     "cut": cut,
   }

@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from recjax.config import Text
 from recjax.data import quotes
-from recjax.data.rows import Text, check_wanted, is_number, listed
+from recjax.data.rows import check_wanted, is_number, listed
 from recjax.data.text import shown
 from recjax.data.text_blocks import head
 from recjax.errors import UserError

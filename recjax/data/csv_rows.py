@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
+from recjax.config import Text
 from recjax.data import quotes
 from recjax.data.csv_layout import Layout, find
-from recjax.config import Text
 from recjax.data.rows import Rows, type_of
 from recjax.data.text import DamagedLines, shown
 from recjax.data.text_blocks import (

@@ -11,6 +11,10 @@ from recjax.errors import UserError
 from recjax.progress import Progress
 
 
+class MissingError(UserError):
+  """There are no such files."""
+
+
 def find(pattern: str, field: str) -> tuple[str, ...]:
   """Finds the files of a path or glob, in natural order: day_2, then day_10.
 
@@ -20,7 +24,8 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
     field: of the config that gave it, for errors.
 
   Raises:
-    UserError: there are none, or one is empty or not a file.
+    MissingError: there are none.
+    UserError: one is empty or not a file.
   """
   if not pattern:
     raise UserError(f"{field} is empty: give the path or glob of the log")
@@ -30,7 +35,7 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
     found = [one] if os.path.exists(one) else glob.glob(one)
     if not found:
       what = "matches no file" if glob.has_magic(one) else "does not exist"
-      raise UserError(f"{field}: {one} {what}")
+      raise MissingError(f"{field}: {one} {what}")
     paths += found
   for path in paths:
     if not os.path.isfile(path):

@@ -37,7 +37,17 @@ def settings_of(
   Raises:
     UserError: there are no such logs, or one is named twice.
   """
-  logs: dict[str, str] = {}
+  settings, logs = _settings_but_logs(data, reader), {}
+  if reads_files(data, reader):
+    sources = reader.sources(data)
+    log_files.check_apart(sources)
+    of_logs, logs = log_files.fingerprints(sources, known, report)
+    settings |= of_logs
+  # As it reads back.
+  return MadeFrom(json.loads(json.dumps(settings)), logs)
+
+
+def _settings_but_logs(data: Data, reader: Reader) -> dict[str, Any]:
   names = ["format", "pooling", "min_count", "block_samples"]
   names += ["hotness", "weighted"]
   if not data.test:
@@ -48,19 +58,34 @@ def settings_of(
   if isinstance(reader, Log):
     settings |= _settings_of_log(data, reader)
   if isinstance(reader, Columns):
-    reader.sources(data)
+    reader.sources(data)  # or an error
     settings["columns"] = reader.fingerprint()
   elif data.format == "synthetic":
     settings["data.seed"] = data.seed
     for name, value in dataclasses.asdict(data.synthetic).items():
       settings[f"data.synthetic.{name}"] = value
-  else:
-    sources = reader.sources(data)
-    log_files.check_apart(sources)
-    of_logs, logs = log_files.fingerprints(sources, known, report)
-    settings |= of_logs
-  # As it reads back.
-  return MadeFrom(json.loads(json.dumps(settings)), logs)
+  return settings
+
+
+def reads_files(data: Data, reader: Reader) -> bool:
+  """Returns whether the samples come from files that the config names."""
+  return data.format != "synthetic" and not isinstance(reader, Columns)
+
+
+def check_but_logs(
+  old: dict[str, Any], data: Data, reader: Reader, directory: str
+) -> None:
+  """Raises UserError where settings differ, whatever the logs are.
+
+  Args:
+    old: settings of the data set.
+    data: the config.
+    reader: of the logs, which are not there any more.
+    directory: of the data set.
+  """
+  now = json.loads(json.dumps(_settings_but_logs(data, reader)))
+  logs = {k: x for k, x in old.items() if k in ("data.train", "data.test")}
+  check_same(old, now | logs, directory)
 
 
 def _settings_of_log(data: Data, log: Log) -> dict[str, Any]:

@@ -74,20 +74,18 @@ def prepare(
   directory = directory.rstrip("/")
   reader = columns or staging.reader_of(config)
   reader.schema(config.data)  # or an error, before all work
-  found = prepared.load(directory) if prepared.exists(directory) else None
-  known = found.logs if found else {}
-  settings, logs = made_from.settings_of(config.data, reader, known, report)
-  if found:
-    made_from.check_same(found.settings, settings, directory)
+  if prepared.exists(directory):
+    found = prepared.load(directory)
+    _check_same(found, config.data, reader, report)
     _remove(os.path.join(directory, staging.FOLDER))
     return found
+  of = made_from.settings_of(config.data, reader, {}, report)
   if os.path.exists(directory) and os.listdir(directory):
     raise UserError(
       f"{directory} holds other files but no prepared data set: delete it or"
       " use another --workdir"
     )
   try:
-    of = MadeFrom(settings, logs)
     _run(config.data, of, f"{directory}.unfinished", report, reader)
     files.move_folder(f"{directory}.unfinished", directory)
   except (OSError, duckdb.Error, RuntimeError) as e:
@@ -105,6 +103,22 @@ def prepare(
     ) from e
   _remove(os.path.join(directory, staging.FOLDER))
   return prepared.load(directory)
+
+
+def _check_same(
+  found: Prepared, data: Data, reader: Reader, report: Report
+) -> None:
+  """Raises UserError where a data set is of other logs or settings.
+
+  Logs that are not there any more are taken for those that it is of.
+  """
+  try:
+    now = made_from.settings_of(data, reader, found.logs, report)
+  except log_files.MissingError as e:
+    made_from.check_but_logs(found.settings, data, reader, found.directory)
+    report(f"{e}: what was prepared from it before is used")
+  else:
+    made_from.check_same(found.settings, now.settings, found.directory)
 
 
 def _disk_full(e: BaseException) -> bool:

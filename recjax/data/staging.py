@@ -4,16 +4,17 @@ A staged chunk is two files: numbers (.npz) and distinct values (.arrow).
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 
 from recjax import files
 from recjax.config import FORMATS, Config, Data
-from recjax.data import criteo, movielens, text
+from recjax.data import criteo, csv_rows, movielens, text
 from recjax.data.chunks import Chunk
 from recjax.data.columns import Columns
 from recjax.data.log import Format, Log
@@ -22,13 +23,14 @@ from recjax.progress import Progress
 FOLDER = "stage"  # of the data set that is being prepared
 
 # What reads logs: it has `schema`, `sources` and `chunks`.
-Reader = ModuleType | Columns | Log
+Reader = ModuleType | SimpleNamespace | Columns | Log
 # config.Data.format -> what reads it: a module, or the format of a log whose
 # columns the config's schema names.
 _READERS: dict[str, ModuleType | Format] = {
   "criteo": criteo,
   "movielens": movielens,
   "synthetic": criteo,
+  "csv": Format(csv_rows.read, csv_rows.names),
 }
 
 
@@ -42,6 +44,12 @@ def reader_of(config: Config, predicting: bool = False) -> Reader:
   found = _READERS[config.data.format]
   if isinstance(found, Format):
     return Log(config.schema, found, predicting)
+  if found is criteo and predicting:
+    return SimpleNamespace(
+      schema=criteo.schema,
+      sources=criteo.sources,
+      chunks=functools.partial(criteo.chunks, predicting=True),
+    )
   return found
 
 

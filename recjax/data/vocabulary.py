@@ -200,6 +200,28 @@ def ranks(
       yield pa.record_batch([at, table, values], schema=cells)
 
   engine.register("cells", pa.RecordBatchReader.from_batches(cells, batches()))
+  special = _load(engine, tables, path)
+  stream = _Stream(
+    engine.sql(
+      "SELECT coalesce(v.rank, -1)::INTEGER FROM cells AS b LEFT JOIN"
+      " (FROM vocabulary WHERE kind = 'value') AS v"
+      " ON b.tbl = v.tbl AND b.value = v.value ORDER BY position"
+    ).to_arrow_reader(_BATCH)
+  )
+  for table, values in parts():
+    missing = values.is_null().to_numpy(zero_copy_only=False)
+    rank = stream.take(len(values))
+    yield np.where(rank < 0, special[missing.astype(int), table], rank)
+
+
+def _load(
+  engine: duckdb.DuckDBPyConnection, tables: tuple[str, ...], path: str
+) -> np.ndarray:
+  """Reads a vocabulary into the engine's table `vocabulary`.
+
+  Returns:
+    [2, T] int32, ranks of the tables' 'oov' and 'missing' rows.
+  """
   stored = pq.ParquetFile(path)
   columns = ["table", "kind", "value", "rank"]
   rows = pa.RecordBatchReader.from_batches(
@@ -212,22 +234,52 @@ def ranks(
     "::SMALLINT AS tbl, kind, value, rank FROM stored",
     {"names": list(tables)},
   )
-  special = np.empty((2, len(tables)), np.int32)  # [oov or missing, table]
+  special = np.empty((2, len(tables)), np.int32)
   for tbl, kind, rank in engine.execute(
     "SELECT tbl, kind, rank FROM vocabulary WHERE kind <> 'value'"
   ).fetchall():
     special[_KINDS.index(kind), tbl] = rank
-  stream = _Stream(
-    engine.sql(
-      "SELECT coalesce(v.rank, -1)::INTEGER FROM cells AS b LEFT JOIN"
-      " (FROM vocabulary WHERE kind = 'value') AS v"
-      " ON b.tbl = v.tbl AND b.value = v.value ORDER BY position"
-    ).to_arrow_reader(_BATCH)
-  )
-  for table, values in parts():
+  return special
+
+
+class Known:
+  """A vocabulary that values are looked up in, again and again."""
+
+  def __init__(
+    self,
+    engine: duckdb.DuckDBPyConnection,
+    tables: tuple[str, ...],
+    path: str,
+  ):
+    """Reads the vocabulary; see `ranks` for the arguments."""
+    self._engine, self._special = engine, _load(engine, tables, path)
+
+  def ranks(
+    self, table: np.ndarray, values: pa.Array
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Looks values up.
+
+    Args:
+      table: [V] int, of each value.
+      values: [V] strings; null = missing.
+
+    Returns:
+      (ranks [V] int32, [V] bool: False for those out of vocabulary).
+    """
+    at = np.arange(len(values))
+    columns = [pa.array(at), pa.array(table.astype(np.int16)), values]
+    cells = pa.table(columns, names=["position", "tbl", "value"])
+    self._engine.register("cells", cells)
+    found = self._engine.sql(
+      "SELECT position, v.rank FROM cells AS c JOIN vocabulary AS v"
+      " ON c.tbl = v.tbl AND c.value = v.value WHERE v.kind = 'value'"
+    ).to_arrow_table()
     missing = values.is_null().to_numpy(zero_copy_only=False)
-    rank = stream.take(len(values))
-    yield np.where(rank < 0, special[missing.astype(int), table], rank)
+    rank = self._special[missing.astype(int), table]
+    known = missing.copy()
+    hit = found["position"].to_numpy()
+    rank[hit], known[hit] = found["rank"].to_numpy(), True
+    return rank, known
 
 
 class _Stream:

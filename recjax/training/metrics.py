@@ -36,22 +36,25 @@ class Metrics:
     # Distinct (key << 1 | label), sorted; and how often each was seen.
     self._keys = np.zeros(0, np.int64)
     self._counts = np.zeros(0, np.int64)
-    self._new = []  # keys not merged yet
-    self._new_count = 0
+    self._new = []  # keys and counts not merged yet
+    self._new_count = self._samples = 0
     self._log_loss = 0.0  # sums over samples
     self._predictions = 0.0
 
   def add(
     self,
     logits,  # [k] float32
-    labels,  # [k], 0 or 1
+    labels,  # [k], from 0 to 1
     mask=None,  # [k] bool; False = padding
   ) -> None:
     """Adds samples to the stream.
 
+    One of label p between 0 and 1 counts as p samples of label 1 and 1 - p of
+    label 0.
+
     Raises:
-      ValueError: where a logit is not finite or a label is not 0 or 1; then
-        no sample is added.
+      ValueError: where a logit is not finite or a label is not from 0 to 1;
+        then no sample is added.
     """
     logits, labels = np.asarray(logits, np.float32), np.asarray(labels)
     if mask is not None:
@@ -62,16 +65,24 @@ class Metrics:
       raise ValueError(
         f"{len(bad)} of {len(logits)} logits are not finite; first: {bad[0]}"
       )
-    if not np.isin(labels, (0, 1)).all():
-      bad = labels[~np.isin(labels, (0, 1))]
-      raise ValueError(f"labels must be 0 or 1, found {bad[0]}")
+    good = (labels >= 0) & (labels <= 1)
+    if not good.all():
+      raise ValueError(f"labels must be from 0 to 1, found {labels[~good][0]}")
     x = logits.astype(np.float64)
     softplus = np.logaddexp(0, x)
     self._log_loss += float(np.sum(softplus - labels * x))
     self._predictions += float(np.sum(np.exp(x - softplus)))
-    key = _ordered_bits(logits) >> self._bits_dropped
-    self._new.append(key << 1 | labels.astype(np.int64))
-    self._new_count += len(logits)
+    self._samples += len(logits)
+    key = _ordered_bits(logits) >> self._bits_dropped << 1
+    part = (labels > 0) & (labels < 1)
+    if part.any():
+      key = np.concatenate([key | (labels > 0), key[part]])
+      count = np.where(part, labels, 1.0)
+      self._new.append((key, np.concatenate([count, 1.0 - labels[part]])))
+    else:
+      key |= labels.astype(np.int64)
+      self._new.append((key, np.ones(len(key), np.int64)))
+    self._new_count += len(key)
     if self._new_count > max(1 << 20, len(self._keys)):
       self._merge_new()
 
@@ -91,6 +102,7 @@ class Metrics:
     out._limit()
     out._log_loss = self._log_loss + other._log_loss
     out._predictions = self._predictions + other._predictions
+    out._samples = self._samples + other._samples
     return out
 
   def result(self) -> dict[str, float]:
@@ -111,15 +123,15 @@ class Metrics:
     self._merge_new()
     label = self._keys & 1
     logit, at = np.unique(self._keys >> 1, return_inverse=True)
-    positive, negative = np.zeros((2, len(logit)), np.int64)
+    positive, negative = np.zeros((2, len(logit)), self._counts.dtype)
     np.add.at(positive, at, self._counts * label)
     np.add.at(negative, at, self._counts * (1 - label))
     below = np.cumsum(negative) - negative
-    clicks, rest = int(positive.sum()), int(negative.sum())
-    samples, pairs = clicks + rest, clicks * rest
+    clicks, rest = positive.sum().item(), negative.sum().item()
+    samples, pairs = self._samples, clicks * rest
     # Twice the pairs in order, so that ties (one half each) stay integers.
-    in_order = int(np.sum(positive * (2 * below + negative)))
-    tied = int(np.sum(positive * negative)) if self._bits_dropped else 0
+    in_order = np.sum(positive * (2 * below + negative)).item()
+    tied = np.sum(positive * negative).item() if self._bits_dropped else 0
     log_loss = _ratio(self._log_loss, samples)
     entropy = -sum(
       count / samples * math.log(count / samples)
@@ -136,9 +148,8 @@ class Metrics:
     }
 
   def _merge_new(self):
-    keys = np.concatenate([self._keys, *self._new])
-    ones = np.ones(self._new_count, np.int64)
-    counts = np.concatenate([self._counts, ones])
+    keys = np.concatenate([self._keys, *(k for k, _ in self._new)])
+    counts = np.concatenate([self._counts, *(n for _, n in self._new)])
     self._keys, self._counts = _sum_by_key(keys, counts)
     self._new, self._new_count = [], 0
     self._limit()

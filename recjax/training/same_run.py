@@ -33,6 +33,8 @@ MAY_CHANGE = (
   "data.memory_mb",
   "data.route",
   "data.rows",  # of no data
+  "data.predict",  # logs that a run does not train on
+  "data.evaluate",
   "schema.keep",  # of predictions
 )
 _SHOWN = 60  # characters of a value

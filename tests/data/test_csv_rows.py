@@ -7,8 +7,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from recjax.config import Text
 from recjax.data import csv_rows, text_blocks
-from recjax.data.rows import Text
 from recjax.data.text import DamagedLines
 from recjax.errors import UserError
 

@@ -42,6 +42,8 @@ def test_every_field_may_change_or_is_refused():
     "data.memory_mb",
     "data.route",
     "data.rows",
+    "data.predict",
+    "data.evaluate",
     "schema.keep",
     "train.batch_size",
     "train.epochs",
