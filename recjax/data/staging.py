@@ -14,7 +14,15 @@ import pyarrow as pa
 
 from recjax import files
 from recjax.config import FORMATS, Config, Data
-from recjax.data import criteo, csv_rows, movielens, text
+from recjax.data import (
+  criteo,
+  csv_rows,
+  json_rows,
+  libsvm_rows,
+  movielens,
+  parquet_rows,
+  text,
+)
 from recjax.data.chunks import Chunk
 from recjax.data.columns import Columns
 from recjax.data.log import Format, Log
@@ -30,7 +38,14 @@ _READERS: dict[str, ModuleType | Format] = {
   "criteo": criteo,
   "movielens": movielens,
   "synthetic": criteo,
-  "csv": Format(csv_rows.read, csv_rows.names),
+} | {
+  name: Format(of.read, of.names)
+  for name, of in {
+    "csv": csv_rows,
+    "jsonl": json_rows,
+    "libsvm": libsvm_rows,
+    "parquet": parquet_rows,
+  }.items()
 }
 
 
