@@ -182,6 +182,7 @@ def inputs_of(schema: Schema) -> inputs.Schema:
         f"schema: {f.name}: weights are in a column or in the text; leave "
         "weights or weight_separator empty"
       )
+  dims(schema)  # or an error
   return inputs.Schema(
     tuple(x.name for x in schema.numbers if not x.buckets),
     tuple(_input(f) for f in _with_tables(schema)),

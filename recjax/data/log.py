@@ -92,12 +92,13 @@ class Log:
     self, inputs: Schema, path: str, rows: Rows, damaged: DamagedLines
   ) -> Chunk | None:
     """Makes samples of rows; the damaged ones are left out."""
-    found, faults = _converted(self, inputs, rows.table)
-    if faults:
-      bad = _report(path, rows.at, faults, damaged)
-      found, faults = _converted(self, inputs, rows.table.filter(~bad))
-      assert not faults, faults
-    return found if len(found.label) else None
+    table, at = rows.table, rows.at
+    found, faults = _converted(self, inputs, table)
+    while faults:  # that of a row may hide another's
+      good = ~_report(path, at, faults, damaged)
+      table, at = table.filter(pa.array(good)), at[good]
+      found, faults = _converted(self, inputs, table)
+    return found if len(at) else None
 
 
 def _report(
