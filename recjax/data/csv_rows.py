@@ -24,6 +24,8 @@ from recjax.data.text_blocks import (
   positions,
 )
 
+# Parsed by one thread: a dictionary of as many rows fits its core's cache.
+_PART_BYTES = 1 << 22
 _ID = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -91,20 +93,33 @@ def _without_first(block: Block) -> Block:
 
 def _parse(data: bytes, layout: Layout, wanted: Mapping[str, str]) -> pa.Table:
   """Parses whole rows; pa.ArrowInvalid where one is damaged."""
+  try:
+    return _parse_by(_PART_BYTES, data, layout, wanted)
+  except pa.ArrowInvalid as e:
+    if "straddling" not in str(e):
+      raise
+  # A row is longer than a part.
+  return _parse_by(len(data), data, layout, wanted)
+
+
+def _parse_by(
+  size: int, data: bytes, layout: Layout, wanted: Mapping[str, str]
+) -> pa.Table:
+  """Parses whole rows, parts of this many bytes at once."""
   columns = [str(layout.names.index(name)) for name in wanted]
   table = pyarrow.csv.read_csv(
     arrow_bytes(data),
     read_options=pyarrow.csv.ReadOptions(
       # By number, as names that nobody wants may come twice.
       column_names=[str(i) for i in range(len(layout.names))],
-      block_size=max(len(data), 1 << 20),
+      block_size=size,
     ),
     parse_options=pyarrow.csv.ParseOptions(
       delimiter=layout.separator.decode(),
       quote_char=layout.quote.decode() or False,
       double_quote=True,
       escape_char=False,
-      newlines_in_values=True,
+      newlines_in_values=bool(layout.quote) and layout.quote in data,
       # In a file of one column a blank line is a missing value.
       ignore_empty_lines=len(layout.names) > 1,
     ),

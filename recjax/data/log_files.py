@@ -77,7 +77,7 @@ def check_apart(sources: Mapping[str, tuple[str, ...]]) -> None:
   for field, paths in sources.items():
     for path in paths:
       status = os.stat(path)
-      plain = os.path.realpath(path).removesuffix(".gz")
+      plain = re.sub(r"\.(gz|bz2|zst)$", "", os.path.realpath(path))
       keys = (status.st_dev, status.st_ino), plain
       for key in keys:
         if key in seen:

@@ -213,6 +213,14 @@ def test_long_lists_of_columns_are_cut(tmp_path):
   assert len(error(tmp_path, header + "\n")) < 1_000
 
 
+def test_long_rows_are_parsed(tmp_path):
+  long = "x" * (csv_rows._PART_BYTES + 9)
+  for text in (long, f'"{long}"'):
+    found, at, _ = read(tmp_path, f'a,b\n1,""\n2,{text}\n3,\n')
+    assert found == [("1", None), ("2", long), ("3", None)]
+    assert at == [2, 3, 4]
+
+
 def test_few_rows_are_parsed_at_once(tmp_path, monkeypatch):
   monkeypatch.setattr(text_blocks, "LINES", 3)
   for quoted in ("", '"'):
