@@ -28,11 +28,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 STEP = "training/test_step.py::test_one_group_equals_one_dense_table"
 VISIT = "training/test_visiting.py"
 EXCHANGE, PLAN = "embedding/test_exchange.py", "planner/test_write_plan.py"
+BUCKETS = "planner/test_bucket_cuts.py"
 CUTS, COST = "planner/test_cut_points.py", "planner/test_step_cost.py"
 # Module -> the tests that should notice: one file, and others for survivors.
 TESTS = {
   "embedding/exchange": (EXCHANGE, "training/test_step.py"),
-  "embedding/lookup": ("embedding/test_lookup.py", STEP),
+  "embedding/lookup": (STEP, "embedding/test_lookup.py"),
   "embedding/update": (STEP, EXCHANGE),
   "embedding/tables": ("embedding/test_tables.py", STEP),
   "embedding/coalesce": ("embedding/test_coalesce.py", STEP),
@@ -54,7 +55,7 @@ TESTS = {
   "training/look_ahead": (VISIT, STEP),
   "planner/step_cost": ("planner/test_step_terms.py", COST, PLAN),
   "planner/traffic": ("planner/test_traffic.py", COST, CUTS),
-  "planner/cut_points": (CUTS, "planner/test_joint_cuts.py"),
+  "planner/cut_points": (BUCKETS, CUTS, "planner/test_joint_cuts.py"),
   "planner/problem": ("planner/test_problem.py", CUTS, COST),
 }
 _SWAPS = (

@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 from recjax.planner import buffer_sizes, cut_points, lower_bound, presets
 from recjax.planner.buffer_sizes import DistinctRows
-from recjax.planner.frequency_buckets import BucketedProfile, Table
 from recjax.planner.problem import HOT_SYNCS, Cuts, Problem
 from recjax.planner.traffic import Traffic
 from recjax.planner.transport import TRANSPORTS, Transport
@@ -177,61 +176,6 @@ def test_no_cuts_are_cheaper_where_touched_rows_are_exchanged(case):
     least = min(problem.cost(Cuts(hot, end, sync)).min() for sync in HOT_SYNCS)
     got = float(problem.cost(found))
     assert got == least_cost(problem, least)
-
-
-@pytest.mark.slow
-@settings(max_examples=600, deadline=None)
-@given(
-  st.lists(
-    st.tuples(probabilities(), st.integers(1, 40)), min_size=1, max_size=4
-  ),
-  st.sampled_from([1, 2, 3]),
-  st.sampled_from(RATIOS),
-  st.tuples(*[st.integers(0, 60)] * 2, st.sampled_from([0, 10, 200])),
-  st.tuples(*[st.sampled_from([-1, -1, 7, 20])] * 3),
-)
-def test_no_cuts_are_cheaper_within_buckets_of_equal_rows(
-  buckets, devices, ratio, room, kept
-):
-  """Where the paths cross, where memories end, where other cuts are kinks."""
-  p, count = np.array(sorted(buckets, reverse=True)).T
-  table = Table("t", int(count.sum()))
-  s = BucketedProfile((table,), count.astype(np.int64), p, p)
-  n, rows = devices, s.rows
-  t = free_of_latencies(presets.get("dgx_h200", n))
-  # Hot rows are worth their memory, and pages of SSDs are no dearer than rows.
-  t = dataclasses.replace(t, link=1e7, ssd_read=1e13)
-  problem = Problem(s, shape_of(n, 20), t, None)
-  if ratio is not None:
-    problem = with_host_path(problem, ratio)
-  fit, host, ssd = room[0], room[1] * n, room[2] * n
-  hot, end = np.indices((rows + 1, rows + 1)).reshape(2, -1)
-  kept_hot, kept_warm, kept_cold = kept
-  stored = rows - end
-  cold = np.minimum(stored, host) if ssd else stored
-  if kept_cold >= 0:
-    cold = np.where(stored <= kept_cold, stored, kept_cold // n * n)
-  fits = (hot <= end) & (hot + -(-(end - hot) // n) <= fit)
-  fits &= (-(-cold // n) * n <= host) & (-(-(stored - cold) // n) * n <= ssd)
-  if kept_hot >= 0:
-    fits &= hot == min(kept_hot, rows)
-  if kept_warm >= 0:
-    fits &= end - hot == np.minimum(kept_warm, rows - hot)
-  found = cut_points.best_cuts(
-    problem,
-    fit,
-    host,
-    ssd_rows=ssd,
-    hot_rows=kept_hot,
-    warm_rows=kept_warm,
-    cold_rows=kept_cold,
-    hot_syncs=ALL_REDUCED,
-  )
-  assert (found is None) == (not fits.any())
-  if found is not None:
-    every = Cuts(hot[fits], end[fits], cold_end=(end + cold)[fits])
-    least = problem.cost(every).min()
-    assert float(problem.cost(found)) == least_cost(problem, least)
 
 
 # ---- Several nodes
