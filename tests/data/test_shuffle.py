@@ -55,3 +55,17 @@ def test_the_order_is_that_of_seed_and_epoch():
   for other in (order(1, 1), order(2, 0)):
     assert other[0] != order(1, 0)[0]
     assert other[1] != order(1, 0)[1]
+
+
+@given(st.integers(1, 5), st.integers(0, 9), st.integers(0, 40))
+def test_what_is_done_later_is_what_single_batches_do(size, more, batches):
+  """From any place, over the ends of epochs, which leave out part of one."""
+  samples = size + more
+  for start in range(samples + 1):
+    epoch, done = 3, start
+    for _ in range(batches):
+      if done + size > samples:
+        epoch, done = epoch + 1, 0
+      done += size
+    got = shuffle.Done(3, start).after(batches, samples, size)
+    assert got == (epoch, done)
