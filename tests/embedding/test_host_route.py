@@ -70,6 +70,15 @@ def test_equals_the_devices_route(name, seed):
       assert x.dtype == np.int32, field
 
 
+def test_a_group_looks_up_its_columns_of_however_few_samples():
+  embedding = embedding_of(ALL["two_groups"])
+  for samples in (1, COLUMNS, 2 * COLUMNS + 1):
+    ids = np.arange(samples * 2 * COLUMNS, dtype=np.int32)
+    ids = ids.reshape(samples, -1)  # [b, S]
+    for g, flat in enumerate(host_route.flat_ids(ids, embedding)):
+      np.testing.assert_array_equal(flat, ids[:, g::2].reshape(-1))
+
+
 def test_a_tables_owner_gets_its_lookups_without_a_route():
   group = helpers.make_group(
     2,

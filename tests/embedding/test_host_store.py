@@ -108,6 +108,33 @@ def test_first_values_are_those_of_their_ranks(dtype, tmp_path):
   assert not any(x.any() for x in got.slots.values())
 
 
+def test_a_differential_snapshot_holds_what_was_written_since_the_full_one():
+  store = HostStore(embedding_of(), [0])
+  stored = store.groups["g"]
+
+  def snapshot(**kind):
+    found = stored.snapshot(1_000, **kind)
+    found.close()
+    return found.wanted and found.wanted.members(0, stored.records).tolist()
+
+  def write(*records):
+    at = np.array(records)
+    stored.write(at, numbered(stored, at))
+
+  write(1)
+  assert snapshot(changed=False, follow=True) is None  # all records
+  write(3, 5)
+  assert snapshot(changed=True, follow=True) == [3, 5]
+  write(4)
+  assert snapshot(changed=True, follow=True) == [3, 4, 5]
+  assert snapshot(changed=False, follow=True) is None
+  write(7)
+  assert snapshot(changed=True, follow=True) == [7]
+  assert snapshot(changed=False, follow=False) is None
+  assert stored.written is None  # and nothing is followed
+  store.close()
+
+
 # ---- Files
 
 
