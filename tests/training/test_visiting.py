@@ -16,6 +16,7 @@ from recjax.embedding import visits
 from recjax.embedding.coalesce import NONE
 from recjax.mesh import batch_sharding
 from recjax.plan.plan import Plan
+from recjax.training import look_ahead
 
 OPTIMIZERS = tuple(dense.OPTIMIZERS)
 
@@ -133,8 +134,11 @@ def test_batches_in_another_order_than_they_were_placed(wanted, on_host):
   batches = list(dense.batches(case))
 
   def fed():
-    ahead = run.place(batches[0])
-    for following in batches[1:]:
+    second = run.place(batches[1])
+    yield run.place(batches[0])
+    yield second
+    ahead = run.place(batches[2])
+    for following in batches[3:]:
       run.place(batches[7])  # looked at, and never trained
       now, ahead = ahead, run.place(following)
       yield now
@@ -208,6 +212,30 @@ def test_the_host_works_while_the_step_runs(wanted):
   run.step(state, third)
   run.store.flush()
   assert sum(iter(lambda: started.acquire(blocking=False), False)) == 6
+
+
+def test_rooms_double_until_all_visitors_fit_and_stay(wanted):
+  """A step is compiled for each: few sizes, which come back."""
+  case, _ = wanted
+  run = dense.build(case, plan_of(case, 2, "mixed", 1))
+  embedding = run.spec.embedding
+  ahead = look_ahead.LookAhead(embedding, run.mesh, run.store, on_host=True)
+  group = embedding.plan.groups[0]
+  planned, most = group.visitors.shard_rows, group.stored[0].shard_rows
+
+  def room(rows):  # of an owner, in a batch
+    ids = np.full((dense.BATCH, embedding.columns), -1, np.int32)
+    ids.flat[:rows] = group.visitors.first + 2 * np.arange(rows)
+    return ahead.visit(ahead.see(ids)).room["g"][0]
+
+  double = [planned << i for i in range(10)]
+  before = planned
+  for rows in (1, planned + 1, 2 * planned + 1, 1, 4 * planned + 1, 3):
+    fits = next(x for x in double if x >= rows)
+    before = max(before, min(fits, most))
+    assert room(rows) == before
+  assert before == 8 * planned < most
+  run.store.close()
 
 
 # ---- Which rows visit
