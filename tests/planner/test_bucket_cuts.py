@@ -81,25 +81,32 @@ def check(problem, room, kept=ALL_CHOSEN, transport=FLAT) -> Cuts | None:
   return found
 
 
-# Nodes of two devices with a copy of the warm rows in each; or one node. Where
-# the paths cross is between the ends of buckets, but where hot rows are given.
+# Machine, devices, those of a node (0: all).
+ONE_NODE, NODES = ("dgx_h200", 2, 0), ("dgx_h200", 16, 2)
+TORUS = ("tpu_v6e", 6, 3)
+# Ratio of both paths, buckets, room of a device and of its share of the hosts,
+# and what is given.
 CASES = {
-  "crossing": (2, 0.3, [(0.1, 15), (1.0, 30), (0.001, 20)], (32, 15)),
-  "crossing_with_copies": (16, 1.5, [(0.25, 10), (0.25, 10)], (27, 27)),
-  "fewer_copies": (16, 4.0, [(0.1, 15)], (12, 31)),
-  "hot_rows_given": (2, 0.3, [(0.1, 15), (1.0, 30)], (32, 15), (7, -1, -1)),
+  "crossing": (ONE_NODE, 0.3, [(0.1, 15), (1.0, 30), (1e-3, 20)], (32, 15)),
+  "crossing_with_copies": (NODES, 1.5, [(0.25, 20)], (27, 27)),
+  "fewer_copies": (NODES, 4.0, [(0.1, 15)], (12, 31)),
+  "hot_given": (ONE_NODE, 0.3, [(1.0, 30), (0.1, 9)], (32, 15), (7, -1, -1)),
+  "cold_given": (TORUS, 0.8, [(0.25, 39), (0.25, 26)], (35, 3), (-1, -1, 7)),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_cuts_are_cheaper(name):
-  devices, ratio, buckets, room, *kept = CASES[name]
-  t, shape = presets.get("dgx_h200", devices), shape_of(devices, 1)
-  transport = COPIES if devices > 2 else FLAT
-  if transport == COPIES:
-    t = dataclasses.replace(t, node_devices=2)
-    shape = shape_of(devices, 1, node_devices=2)
-  problem = problem_of(buckets, shape, t, ratio)
+  """Where the paths cross, or take as long, within a bucket, and at limits."""
+  (machine, devices, g), ratio, buckets, room, *kept = CASES[name]
+  t, shape = presets.get(machine, devices), shape_of(devices, 1)
+  if g:
+    t = dataclasses.replace(t, node_devices=g)
+    shape = shape_of(devices, 1, node_devices=g)
+  problem, transport = (
+    problem_of(buckets, shape, t, ratio),
+    COPIES if g else FLAT,
+  )
   assert check(problem, (*room, 0), *kept, transport=transport)
 
 
