@@ -189,6 +189,17 @@ def test_where_other_rows_are_stored_the_next_save_is_full(name, copied):
   assert_same(in_rank_order(restore(copied, "mixed", 7)), want[7])
 
 
+def test_after_a_restore_of_other_rows_the_next_save_is_full(copied, tmp_path):
+  """Into a run that has saved: its rows did not change from those."""
+  there = tmp_path / "b"
+  _, run = saves(there, fresh("8_other_cuts"), (1,), full_every=5)
+  meta = checkpoint.read_meta(copied, 5)
+  state = checkpoint.restore(copied, 5, meta, run)
+  want, _ = saves(there, run._replace(state=state), (6,), full_every=5)
+  assert [full_of(there, s) for s in (1, 6)] == [1, 6]
+  assert_same(in_rank_order(restore(there, "mixed", 6)), want[6])
+
+
 def test_in_another_folder_the_next_save_is_full(copied, tmp_path):
   want, _ = saves(
     tmp_path / "b", restore(copied, "mixed", 5), (6,), full_every=5
