@@ -41,6 +41,49 @@ def run(workdir, signum=None, begins=""):
   return process.returncode, "".join(printed) + rest, said
 
 
+# A run whose checkpoint takes a minute to write.
+SAVING = """
+import time
+from recjax import signals
+
+signals.listen()
+with signals.saving(lambda: "saved") as begin:
+  begin()
+  print("training", flush=True)
+  while not signals.asked():
+    time.sleep(0.01)
+  print("saving", flush=True)
+  time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_another_ctrl_c_does_not_wait_for_the_checkpoint(first):
+  """Another SIGTERM does: who sends it often sends it twice."""
+  with subprocess.Popen(
+    [sys.executable, "-c", SAVING],
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as process:
+    assert process.stdout is not None
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(first)
+    assert process.stdout.readline() == "saving\n"
+    process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+      process.wait(0.3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+  assert process.returncode == 130, said
+  name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[first]
+  assert said.splitlines() == [
+    f"{name}: a checkpoint first; Ctrl-C ends at once",
+    "ended by Ctrl-C: at once; the same command goes on from what is done",
+  ]
+
+
 @pytest.mark.slow
 def test_a_run_saves_itself_before_it_ends(tmp_path):
   """While preparing at once; while training after a step; then to the end."""
