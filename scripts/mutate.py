@@ -34,7 +34,7 @@ CUTS, COST = "planner/test_cut_points.py", "planner/test_step_cost.py"
 TESTS = {
   "embedding/exchange": (EXCHANGE, "training/test_step.py"),
   "embedding/lookup": (STEP, "embedding/test_lookup.py"),
-  "embedding/update": (STEP, EXCHANGE),
+  "embedding/update": (STEP, EXCHANGE, "training/test_step.py"),
   "embedding/tables": ("embedding/test_tables.py", STEP),
   "embedding/coalesce": ("embedding/test_coalesce.py", STEP),
   "embedding/buckets": ("embedding/test_buckets.py", STEP),
