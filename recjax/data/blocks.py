@@ -213,10 +213,8 @@ class Blocks:
       UserError: the files are missing or damaged; reading blocks raises it too.
     """
     self.directory, self._encoding = directory, _encoding(schema)
-    n = -(-samples // block_samples)
-    self.sizes = np.full(n, block_samples, np.int64)
-    self.sizes[-1] = samples - block_samples * (n - 1)
     with self._reading():
+      n = -(-samples // block_samples)
       begins = f"{_NAME}-{split}.array_record-"
       names = sorted(x for x in os.listdir(directory) if x.startswith(begins))
       self.source = ArrayRecordDataSource(
@@ -227,6 +225,9 @@ class Blocks:
           f"{len(self.source)} blocks of {split} where {samples:,} samples are "
           f"{n}"
         )
+      # Only now: there is no room for as many as a forged number asks for.
+      self.sizes = np.full(n, block_samples, np.int64)
+      self.sizes[-1] = samples - block_samples * (n - 1)
 
   def __getitem__(self, indices: Iterable[int]) -> dict[str, np.ndarray]:
     """Reads the samples of these blocks, one block after the other."""

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pathlib
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from helpers_data import config, content, log, quiet
 
 from recjax import files
@@ -48,6 +50,29 @@ def test_another_kind_of_value_is_damage(prepared, field, value):
   forge(p.directory, **{field: value})
   with pytest.raises(UserError, match=rf"is damaged .*{field} is"):
     prepare.prepare(c, p.directory, quiet)
+
+
+@pytest.mark.parametrize("samples", [10**13, 10**30, "x", None, -1])
+def test_numbers_of_samples_that_no_block_has_are_damage(prepared, samples):
+  """10^13 samples would be a terabyte of sizes, before any block is read."""
+  c, p = prepared
+  forge(p.directory, samples={"train": samples, "test": 5})
+  with pytest.raises(UserError, match=r"is damaged .*prepare again$"):
+    prepare.prepare(c, p.directory, quiet).blocks("train")
+
+
+def test_a_block_of_more_than_its_samples_is_damage(prepared):
+  """Packed, 128 MiB of zeros are a file of the size that is right."""
+  c, p = prepared
+  (path,) = pathlib.Path(p.directory).glob("blocks/*-train.array_record-*")
+  size = path.stat().st_size
+  writer = ArrayRecordWriter(str(path), "group_size:1")
+  writer.write(bytes(128 << 20))
+  writer.close()
+  assert path.stat().st_size == size
+  with pytest.raises(UserError, match=r"is damaged .*prepare again$") as e:
+    prepare.prepare(c, p.directory, quiet).blocks("train")[[0]]
+  assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"', "{}"])
