@@ -1,9 +1,12 @@
 """Damaged checkpoints, and those of another model, are refused and say so."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
+import re
 import shutil
+import sys
 
 import orbax.checkpoint as ocp
 import pytest
@@ -229,6 +232,42 @@ def test_a_checkpoint_of_another_version_is_not_read(copied):
         f"checkpoint {SAVED} in {copied} has version {version}, this recjax "
         "reads version 4: use the recjax that wrote it, or another --workdir"
       )
+
+
+CODE = """import pathlib
+pathlib.Path(__file__).with_name("it ran").touch()
+class Type: pass
+"""
+NOTED = {  # what Orbax notes the types of -> where it does
+  "items": r'"[\w.]*Handler"',
+  "values": r'(?<="value_type": )"[\w.]*"',
+  "shardings": r'(?<=\\"sharding_type\\": )\\"\w*\\"',
+}
+
+
+@pytest.mark.parametrize("of", NOTED)
+def test_a_type_that_orbax_notes_is_not_imported(of, copied, monkeypatch):
+  """Its module lies beside, where an import finds it."""
+  (copied / "noted.py").write_text(CODE)
+  monkeypatch.syspath_prepend(copied)
+  changed = 0
+  for path in (copied / str(SAVED)).rglob("_*"):
+    text, count = re.subn(
+      NOTED[of],
+      lambda m: re.sub(r"[\w.]+", "noted.Type", m[0]),
+      path.read_text(),
+    )
+    path.write_text(text)
+    changed += count
+  assert changed >= 4
+  try:
+    restore(copied, "mixed")
+  except UserError as e:
+    assert "\n" not in str(e)
+  assert not (copied / "it ran").exists()
+  importlib.import_module("noted")
+  assert (copied / "it ran").exists()
+  del sys.modules["noted"]
 
 
 def test_what_is_put_aside_is_no_checkpoint(copied, saved):
