@@ -1,6 +1,6 @@
 """Flips bits in what a run reads back: each is noticed, or nobody reads it.
 
-    python scripts/attack_flips.py [--tries 500] [--seed 0]
+    python scripts/attack_flips.py [--tries 500] [--seed 0] [--table_wise C3,C9]
 
 A run of seconds is trained: two groups of tables on four devices, rows in all
 tiers but the frozen one, a full and a differential checkpoint. A try flips a
@@ -199,8 +199,10 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
   parser.add_argument("--tries", type=int, default=500)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--table_wise", default="", help="tables of one owner")
   args = parser.parse_args()
   config = small_config()
+  config.plan.table_wise = args.table_wise
   mesh.simulate_devices(config.mesh.devices)
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder)

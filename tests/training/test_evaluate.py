@@ -76,3 +76,14 @@ def test_a_logit_that_is_not_finite_is_the_users_to_mend():
   run = run._replace(state=run.state._replace(params=params))
   with pytest.raises(UserError, match=r"at step 0: 32 of 32 .*Lower train"):
     evaluate(run, scored(run), SAMPLES, quiet)
+
+
+def test_a_stored_row_that_is_not_finite_is_the_users_to_mend():
+  """Of the host store, where no device has seen it before."""
+  run = dense.build(CASE, plan_of(CASE, 1, "mixed"))
+  for part in run.store.groups["g"].parts:
+    part.rows[:] = np.nan
+  wrong = r"^evaluation at step 0: \d+ of 32 logits .*Lower train[^\n]*$"
+  with pytest.raises(UserError, match=wrong):
+    evaluate(run, scored(run), SAMPLES, quiet)
+  run.store.close()

@@ -100,6 +100,7 @@ def test_a_damaged_checkpoint_lets_the_one_before_go_on(tmp_path):
 def test_a_flipped_bit_is_noticed_or_nobody_reads_it(tmp_path):
   """In any file that a run reads back; scripts/attack_flips.py has more."""
   config = attack_flips.small_config()
+  config.plan.table_wise = "C3,C9"  # of both groups
   jobs.train(config, tmp_path, quiet)
   result = attack_flips.attack(config, tmp_path, tries=24, seed=1)
   assert result.wrong == []
