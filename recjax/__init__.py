@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     train,
   )
   from recjax.config import Config, TableRule
+  from recjax.data.log import Format
+  from recjax.data.rows import Rows
+  from recjax.data.staging import register_format
   from recjax.embedding import optimizers
   from recjax.embedding.embedding import Embedding, make_embedding
   from recjax.embedding.lookup import forward
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
   from recjax.embedding.tables import specs as table_specs
   from recjax.embedding.update import backward
   from recjax.errors import UserError
+  from recjax.log_schema import Cross, Hashed, Id, Ids, Number, Schema
   from recjax.mesh import make_mesh, simulate_devices
   from recjax.plan.plan import Plan
   from recjax.schema import Feature
@@ -39,12 +43,16 @@ _HOMES = {
     *("prepare_columns", "restore", "rows", "train"),
   ),
   "recjax.config": ("Config", "TableRule"),
+  "recjax.data.log": ("Format",),
+  "recjax.data.rows": ("Rows",),
+  "recjax.data.staging": ("register_format",),
   "recjax.embedding": ("optimizers",),
   "recjax.embedding.embedding": ("Embedding", "make_embedding"),
   "recjax.embedding.lookup": ("forward",),
   "recjax.embedding.tables": ("init_tables", "table_specs"),
   "recjax.embedding.update": ("backward",),
   "recjax.errors": ("UserError",),
+  "recjax.log_schema": ("Cross", "Hashed", "Id", "Ids", "Number", "Schema"),
   "recjax.mesh": ("make_mesh", "simulate_devices"),
   "recjax.plan.plan": ("Plan",),
   "recjax.schema": ("Feature",),
@@ -54,9 +62,17 @@ _INSIDE = {"init_tables": "init", "table_specs": "specs"}  # their names there
 
 __all__ = [
   "Config",
+  "Cross",
   "Embedding",
   "Feature",
+  "Format",
+  "Hashed",
+  "Id",
+  "Ids",
+  "Number",
   "Plan",
+  "Rows",
+  "Schema",
   "TableRule",
   "UserError",
   "backward",
@@ -72,6 +88,7 @@ __all__ = [
   "predict",
   "prepare",
   "prepare_columns",
+  "register_format",
   "restore",
   "rows",
   "simulate_devices",

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from helpers import lines, quiet
 
@@ -188,6 +189,29 @@ def test_one_process_evaluates_what_two_trained(together):
   want = lines(together, "test")[-1]
   for name, value in got.items():
     np.testing.assert_allclose(value, want[name], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_predict_what_they_evaluate(together, tmp_path):
+  logs = sorted((together / "data" / "logs").glob("*.tsv"))
+  tail = b"".join(log.read_bytes() for log in logs).splitlines(True)[-2_000:]
+  (tmp_path / "test.tsv").write_bytes(b"".join(tail))
+  output = tmp_path / "p.parquet"
+  launcher = launch(
+    together,
+    "--mode=predict",
+    f"--config.data.predict={tmp_path}/test.tsv",
+    f"--output={output}",
+  )
+  printed, said = launcher.communicate(timeout=300)
+  assert launcher.returncode == 0, said
+  want = lines(together, "test")[-1]
+  auc = float(printed.partition("  auc ")[2].split()[0])
+  np.testing.assert_allclose(auc, want["auc"], atol=1e-6)
+  p = pq.read_table(output)["probability"].to_numpy().astype(np.float64)
+  label = np.array([line[:1] == b"1" for line in tail])
+  loss = -np.mean(np.log(np.where(label, p, 1 - p)))
+  np.testing.assert_allclose(loss, want["log_loss"], atol=1e-6)
 
 
 @pytest.mark.slow

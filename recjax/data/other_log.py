@@ -53,10 +53,10 @@ def open_log(config: Config, field: str) -> Log:
     UserError: there is none, or the format has no such logs.
   """
   data, predicting = config.data, field == "predict"
-  if data.format in ("movielens", "synthetic"):
+  if data.format == "movielens":
     raise UserError(
-      f"data.{field}: data.format={data.format} has one log; other ones are of "
-      "criteo, csv, jsonl, libsvm, parquet or a format of your own"
+      f"data.{field}: data.format=movielens has one log; a log of the other "
+      "formats can be scored with what was trained on another"
     )
   paths = log_files.find(getattr(data, field), f"data.{field}")
   return Log(staging.reader_of(config, predicting), paths)
