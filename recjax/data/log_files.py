@@ -35,6 +35,8 @@ def find(pattern: str, field: str) -> tuple[str, ...]:
     found = [one] if os.path.exists(one) else glob.glob(one)
     if not found:
       what = "matches no file" if glob.has_magic(one) else "does not exist"
+      if re.match(r"\w+://", one):
+        what = "is a URL: copy the log to a disk that this machine has, first"
       raise MissingError(f"{field}: {one} {what}")
     paths += found
   for path in paths:

@@ -35,6 +35,7 @@ from recjax.data import (
   synthetic,
   vocabulary,
 )
+from recjax.data.ahead import ahead
 from recjax.data.columns import Columns
 from recjax.data.log import Log
 from recjax.data.made_from import MadeFrom
@@ -326,7 +327,7 @@ def _pack(
     engine, chunks.values, chunks.schema.tables, chunks.vocabulary
   )
   samples = chunks.samples(ranks)
-  return blocks.write(samples, chunks.schema, block_samples, target)
+  return blocks.write(ahead(samples), chunks.schema, block_samples, target)
 
 
 def _read_json(path: str) -> dict[str, Any] | None:

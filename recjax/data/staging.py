@@ -23,6 +23,7 @@ from recjax.data import (
   parquet_rows,
   text,
 )
+from recjax.data.ahead import ahead
 from recjax.data.chunks import Chunk
 from recjax.data.columns import Columns
 from recjax.data.log import Format, Log
@@ -109,7 +110,7 @@ def write(
   cut = np.zeros(len(schema.features), np.int64)
   for field, paths in reader.sources(data).items():
     progress = Progress("prepare: stage", report)
-    for chunk in reader.chunks(data, schema, paths, damaged):
+    for chunk in ahead(reader.chunks(data, schema, paths, damaged)):
       _write_chunk(os.path.join(directory, FOLDER), len(sizes), chunk)
       sizes.append((len(chunk.label), len(chunk.values)))
       rows += len(chunk.label)
