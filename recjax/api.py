@@ -100,7 +100,9 @@ def prepare_columns(
   log = from_columns(columns, label, dense, features)
   workdir = folders.named(workdir, "workdir")
   with errors.of_the_system(f"preparing {workdir}"), writing(workdir):
-    return prepare_lib.prepare(config, str(workdir / "data"), report, log)
+    before = jobs.counted_before(config, workdir)
+    directory = str(workdir / "data")
+    return prepare_lib.prepare(config, directory, report, log, before)
 
 
 def make_plan(

@@ -59,6 +59,9 @@ class Data:
   split: str = choice("time", "random")  # which part is the test part
   # Rarer ids share their table's out-of-vocabulary row.
   min_count: int = number(2, at_least=1)
+  # With train.start_from on a new log: a value's count before is added, times
+  # this. A half lets yesterday weigh half as much as today; 0 = today alone.
+  count_decay: float = number(0.5, at_least=0, at_most=1)
   text: Text = tree(Text)
   # Of each feature of a Criteo log; () = one lookup each.
   hotness: tuple[int, ...] = number((), at_least=1)
@@ -180,8 +183,9 @@ class Train:
   warmup_steps: int = number(0, at_least=0)
   decay_steps: int = number(0, at_least=0)  # linear, at the end; 0 = none
   log_every_steps: int = number(100, at_least=1)
-  # Workdir of another run, of the same model and data: this one begins with
-  # what that one has trained, and with the data from the start.
+  # Workdir of another run, of the same model: this one begins with what that
+  # one has trained, and with the data from the start. These may be a new log,
+  # whose new values start afresh; see data.count_decay.
   start_from: str = ""
 
 

@@ -13,9 +13,10 @@ import jax
 from recjax import distributed, errors, folders, frequency, writer_lock
 from recjax import mesh as mesh_lib
 from recjax.config import Config
-from recjax.data import other_log
+from recjax.data import old_vocabulary, other_log
 from recjax.data import prepare as prepare_lib
 from recjax.data import prepared as prepared_lib
+from recjax.data.old_vocabulary import Before
 from recjax.data.prepared import Prepared
 from recjax.embedding import optimizers
 from recjax.errors import UserError
@@ -44,12 +45,13 @@ def prepare(
 ) -> Prepared:
   """Turns logs into a prepared data set and its vocabulary, in workdir/data."""
   directory = str(workdir / "data")
+  before = counted_before(config, workdir)  # on all: Orbax makes them meet
 
   def make() -> Prepared:
     with contextlib.ExitStack() as held:
       if not prepared_lib.exists(directory):
         held.enter_context(_writing(workdir))
-      return prepare_lib.prepare(config, directory, report)
+      return prepare_lib.prepare(config, directory, report, before=before)
 
   with errors.of_the_system(f"preparing {directory}"):
     prepared = distributed.first_alone(make)
@@ -60,6 +62,24 @@ def prepare(
     )
   report(frequency.describe(prepared.profile))
   return prepared
+
+
+def counted_before(config: Config, workdir: pathlib.Path) -> Before | None:
+  """Returns the data of the run that this one starts from; None: from scratch.
+
+  A workdir that holds checkpoints has started.
+
+  Raises:
+    UserError: there is no such run, or its vocabulary is not there.
+  """
+  if not config.train.start_from or checkpoint.newest(workdir / "checkpoints"):
+    return None
+  directory, _, meta = train_lib.trained_by(config.train.start_from)
+  was = meta["identity"]
+  path = old_vocabulary.find(
+    directory.parent, was["vocabulary"], "train.start_from"
+  )
+  return Before(path, was["vocabulary"], was["settings"])
 
 
 def plan(

@@ -220,6 +220,19 @@ def in_rank_order(run: Run):
   return jax.tree.map(np.copy, (dense, rows))
 
 
+def by_rank(run, profile):
+  """The rows of each group by rank, whatever their positions."""
+  plan = run.spec.embedding.plan
+  where = positions.of_groups(plan, profile)
+  found = in_rank_order(run)[1]
+  for g in plan.groups:
+    if g.name in where:
+      ranks = np.arange(g.rows - g.padding_rows, dtype=np.int32)
+      at = where[g.name].positions_of(ranks)
+      found[g.name] = jax.tree.map(lambda x, at=at: x[at], found[g.name])
+  return found
+
+
 def assert_same(got, want):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 

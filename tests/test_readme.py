@@ -4,6 +4,7 @@ import gzip
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -37,7 +38,7 @@ def commands() -> list[str]:
   return found
 
 
-QUICKSTART, TRAIN, EVALUATE, COMPILE = [
+QUICKSTART, TRAIN, EVALUATE, NEXT_DAY, COMPILE = [
   c for c in commands() if c not in ELSEWHERE
 ]
 
@@ -102,6 +103,13 @@ def test_your_own_logs(checkout):
   printed = [run(command, checkout, **fast) for command in (TRAIN, EVALUATE)]
   aucs = [re.findall(r"^ +auc (0\.\d+)$", x, re.MULTILINE) for x in printed]
   assert len(aucs[0]) == 1 and aucs[0] == aucs[1]
+  shutil.rmtree(checkout / "logs")
+  (checkout / "logs").mkdir()
+  log(plain, 10_000, seed=2)
+  packed = checkout / "logs" / "next.tsv.gz"
+  packed.write_bytes(gzip.compress(plain.read_bytes(), 1))
+  printed = run(NEXT_DAY, checkout, **fast)
+  assert re.search(r"^of [\d,]+ rows [\d,]+ are new", printed, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from recjax.config import Data
-from recjax.data import log_files, text
+from recjax.data import log_files, old_vocabulary, text
 from recjax.data.columns import Columns
 from recjax.data.log import Log
+from recjax.data.old_vocabulary import Before
 from recjax.data.staging import Reader
 from recjax.errors import UserError
 
@@ -18,6 +19,7 @@ class MadeFrom(NamedTuple):
 
   settings: dict[str, Any]  # all that it depends on; logs by fingerprints
   logs: dict[str, str]  # see `log_files.fingerprints`
+  before: Before | None = None  # whose counts go in
 
 
 def settings_of(
@@ -72,6 +74,34 @@ def reads_files(data: Data, reader: Reader) -> bool:
   return data.format != "synthetic" and not isinstance(reader, Columns)
 
 
+def with_counts(
+  made_from: MadeFrom,
+  data: Data,
+  before: Before | None,
+  found: Mapping[str, Any],
+) -> MadeFrom:
+  """Adds on what other counts a data set depends; see `old_vocabulary`.
+
+  Args:
+    made_from: what it depends on else.
+    data: the config.
+    before: the data that another run has trained on.
+    found: settings of the data set that is there; empty = none is.
+  """
+  own = made_from.settings
+  of_logs = ("data.train", "columns")
+  if data.format == "synthetic" and "columns" not in own:
+    of_logs = ("data.seed", *(k for k in own if "synthetic" in k))
+  more = old_vocabulary.settings_of(
+    before,
+    data.count_decay,
+    own,
+    {k: own[k] for k in of_logs if k in own},
+    found,
+  )
+  return made_from._replace(settings=own | more, before=before)
+
+
 def check_but_logs(
   old: dict[str, Any], data: Data, reader: Reader, directory: str
 ) -> None:
@@ -84,8 +114,8 @@ def check_but_logs(
     directory: of the data set.
   """
   now = json.loads(json.dumps(_settings_but_logs(data, reader)))
-  logs = {k: x for k, x in old.items() if k in ("data.train", "data.test")}
-  check_same(old, now | logs, directory)
+  logs = "data.train", "data.test", old_vocabulary.BEFORE, old_vocabulary.DECAY
+  check_same(old, now | {k: old[k] for k in logs if k in old}, directory)
 
 
 def _settings_of_log(data: Data, log: Log) -> dict[str, Any]:

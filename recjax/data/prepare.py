@@ -30,6 +30,7 @@ from recjax.data import (
   log_files,
   made_from,
   numbers,
+  old_vocabulary,
   prepared,
   staging,
   synthetic,
@@ -40,6 +41,7 @@ from recjax.data.columns import Columns
 from recjax.data.log import Log
 from recjax.data.made_from import MadeFrom
 from recjax.data.numbers import Fitted
+from recjax.data.old_vocabulary import Before
 from recjax.data.prepared import Prepared
 from recjax.data.split import Split
 from recjax.data.staging import Reader, Staged
@@ -54,6 +56,7 @@ def prepare(
   directory: str,
   report: Report = print,
   columns: Columns | None = None,
+  before: Before | None = None,
 ) -> Prepared:
   """Prepares the logs of `config.data`, or loads them where that is done.
 
@@ -66,6 +69,7 @@ def prepare(
     directory: for this data set only.
     report: takes lines of progress.
     columns: samples in memory, instead of logs.
+    before: data of another run, whose counts go into these.
 
   Raises:
     UserError: damaged or missing logs, settings that do not fit, a full disk,
@@ -77,10 +81,11 @@ def prepare(
   reader.schema(config.data)  # or an error, before all work
   if prepared.exists(directory):
     found = prepared.load(directory)
-    _check_same(found, config.data, reader, report)
+    _check_same(found, config.data, reader, before, report)
     _remove(os.path.join(directory, staging.FOLDER))
     return found
   of = made_from.settings_of(config.data, reader, {}, report)
+  of = made_from.with_counts(of, config.data, before, {})
   if os.path.exists(directory) and os.listdir(directory):
     raise UserError(
       f"{directory} holds other files but no prepared data set: delete it or"
@@ -107,7 +112,11 @@ def prepare(
 
 
 def _check_same(
-  found: Prepared, data: Data, reader: Reader, report: Report
+  found: Prepared,
+  data: Data,
+  reader: Reader,
+  before: Before | None,
+  report: Report,
 ) -> None:
   """Raises UserError where a data set is of other logs or settings.
 
@@ -119,6 +128,7 @@ def _check_same(
     made_from.check_but_logs(found.settings, data, reader, found.directory)
     report(f"{e}: what was prepared from it before is used")
   else:
+    now = made_from.with_counts(now, data, before, found.settings)
     made_from.check_same(found.settings, now.settings, found.directory)
 
 
@@ -157,7 +167,7 @@ def _run(
   chunks = _Chunks(directory, staged, data, reader, report)
   spill = os.path.join(chunks.folder, "spill")
   with vocabulary.open_engine(data.memory_mb, spill) as engine:
-    fingerprint = _count(engine, chunks)
+    fingerprint, counted = _count(engine, chunks, of)
     samples = _pack(engine, chunks, data.block_samples)
   _remove(spill)
   prepared.save(
@@ -166,6 +176,7 @@ def _run(
     samples,
     numbers=chunks.numbers,
     fingerprint=fingerprint,
+    counted=counted,
     settings=of.settings,
     logs=of.logs,
     teacher=_read_json(os.path.join(directory, "logs", "teacher.json")),
@@ -292,29 +303,36 @@ class _Chunks:
       yield row, *numbers.bucketed(self.numbers, arrays, values)
 
 
-def _count(engine: duckdb.DuckDBPyConnection, chunks: _Chunks) -> str:
+def _count(
+  engine: duckdb.DuckDBPyConnection, chunks: _Chunks, of: MadeFrom
+) -> tuple[str, int]:
   """Fits the normalisers and writes the vocabulary, where that is not done.
 
   Returns:
-    The vocabulary's fingerprint.
+    The vocabulary's fingerprint, and the samples that its counts are of.
   """
   done = os.path.join(chunks.folder, "counted.json")
   found = _read_json(done)
-  if found is not None and "numbers" in found:
-    chunks.numbers = tuple(Fitted.from_json(x) for x in found["numbers"])
-    return found["vocabulary"]
-  chunks.fit()
-  tables = chunks.schema.tables
-  fingerprint = vocabulary.count(
-    engine,
-    chunks.counts(),
-    tables,
-    [chunks.min_counts[t] for t in tables],
-    chunks.vocabulary,
-  )
-  fitted = [x._asdict() for x in chunks.numbers]
-  files.write(done, json.dumps({"vocabulary": fingerprint, "numbers": fitted}))
-  return fingerprint
+  if found is None or "numbers" not in found:
+    chunks.fit()
+    tables = chunks.schema.tables
+    fingerprint, share = old_vocabulary.count(
+      engine,
+      chunks.counts(),
+      tables,
+      [chunks.min_counts[t] for t in tables],
+      chunks.vocabulary,
+      before=of.before,
+      settings=of.settings,
+    )
+    found = {
+      "vocabulary": fingerprint,
+      "samples": round(chunks.split.train * share),
+      "numbers": [x._asdict() for x in chunks.numbers],
+    }
+    files.write(done, json.dumps(found))
+  chunks.numbers = tuple(Fitted.from_json(x) for x in found["numbers"])
+  return found["vocabulary"], found["samples"]
 
 
 def _pack(

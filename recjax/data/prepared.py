@@ -71,6 +71,7 @@ def save(
   *,
   numbers: tuple[Fitted, ...],
   fingerprint: str,
+  counted: int,
   settings: dict[str, Any],
   logs: dict[str, str],
   teacher: dict[str, Any] | None,
@@ -78,7 +79,7 @@ def save(
   """Writes prepared.json, which completes the data set in `directory`.
 
   The arguments are what `load` gives as Prepared; the fingerprint is that of
-  the vocabulary.
+  the vocabulary, whose counts are of so many samples.
   """
   content = {
     "version": VERSION,
@@ -86,6 +87,7 @@ def save(
     "samples": samples,
     "numbers": [x._asdict() for x in numbers],
     "vocabulary": fingerprint,
+    "counted": counted,
     "settings": settings,
     "logs": logs,
     "teacher": teacher,
@@ -155,7 +157,9 @@ def load(directory: str) -> Prepared:
     return Prepared(
       directory,
       schema,
-      vocabulary.read_profile(path, schema.tables, samples["train"]),
+      vocabulary.read_profile(
+        path, schema.tables, found.get("counted", samples["train"])
+      ),
       samples,
       found["vocabulary"],
       found["settings"],

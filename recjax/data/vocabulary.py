@@ -13,8 +13,8 @@ training, 'missing' for empty cells. They rank by their counts like any other.
 Equal counts rank by table, then special rows first, then by value (bytes).
 
 The file is Parquet in rank order, with the columns table, kind ('value', 'oov'
-or 'missing'), value (null in special rows), count and rank. It is the
-frequency profile as well.
+or 'missing'), value (null in special rows), count and rank, and the tables'
+order in its metadata. It is the frequency profile as well.
 """
 
 import hashlib
@@ -34,6 +34,7 @@ from recjax.frequency import Profile
 FILE = "vocabulary.parquet"
 _KINDS = ("oov", "missing", "value")  # in this order at equal counts
 _BATCH = 1 << 18  # rows
+_TABLES = b"tables"  # key of the file's metadata
 
 
 def open_engine(memory_mb: int, spill: str) -> duckdb.DuckDBPyConnection:
@@ -62,6 +63,8 @@ def count(
   tables: tuple[str, ...],
   min_counts: Sequence[int],
   path: str,
+  *,
+  oov: np.ndarray | None = None,
 ) -> str:
   """Writes the vocabulary of these counts to `path`, atomically.
 
@@ -72,6 +75,7 @@ def count(
     tables: their names.
     min_counts: [T]; rarer values share their table's 'oov' row.
     path: of the file.
+    oov: [tables] int64, counts of 'oov' that no value is known of.
 
   Returns:
     The fingerprint: sha256 of the content, whatever the file's encoding.
@@ -92,6 +96,7 @@ def count(
     "CREATE TABLE counts AS SELECT tbl, value, sum(n)::BIGINT AS n"
     " FROM parts GROUP BY ALL"
   )
+  more = [0] * len(tables) if oov is None else oov.tolist()
   engine.execute(
     "CREATE TABLE special AS SELECT t.tbl, kind, coalesce(sum(n) FILTER"
     " (value IS NULL AND kind = 1 OR value IS NOT NULL AND kind = 0"
@@ -99,6 +104,11 @@ def count(
     " CROSS JOIN range(2) AS k(kind)"
     " LEFT JOIN counts AS c ON c.tbl = t.tbl GROUP BY ALL",
     {"m": least, "t": len(tables)},
+  )
+  engine.execute(
+    "UPDATE special SET n = n + list_extract($o::BIGINT[], tbl + 1)"
+    " WHERE kind = 0",
+    {"o": more},
   )
   rows = engine.sql(
     "SELECT tbl, 2 AS kind, value, n FROM counts"
@@ -130,45 +140,92 @@ def _write(
       ("value", pa.string()),
       ("count", pa.int64()),
       ("rank", pa.int32()),
-    ]
+    ],
+    {_TABLES: json.dumps(tables)},
   )
   names, kinds = pa.array(tables), pa.array(_KINDS)
-  digests = [hashlib.sha256() for _ in range(5)]
-  rank = 0
+  content = _Content()
   with (
     files.replacing(path) as part,
     pq.ParquetWriter(part, schema, compression="zstd") as writer,
   ):
     for batch in batches:
       tbl, kind, value, n = (batch[c] for c in ("tbl", "kind", "value", "n"))
+      rank = content.rows
       if rank + len(batch) > np.iinfo(np.int32).max:
         raise UserError(
           "the tables have more than 2^31 rows together: raise data.min_count"
         )
-      ranks = np.arange(rank, rank + len(batch), dtype=np.int32)
-      rank += len(batch)
-      text = pc.fill_null(value, "")
-      for digest, column in zip(
-        digests,
-        (
-          tbl.to_numpy().astype(np.int16),
-          kind.to_numpy().astype(np.int8),
-          pc.binary_length(text).to_numpy().astype(np.int32),
-          pc.binary_join(pa.array([text.to_pylist()]), "")[0].as_buffer(),
-          n.to_numpy().astype(np.int64),
-        ),
-        strict=True,
-      ):
-        digest.update(column)
+      content.add(tbl.to_numpy(), kind.to_numpy(), value, n.to_numpy())
+      ranks = np.arange(rank, content.rows, dtype=np.int32)
       writer.write_batch(
         pa.record_batch(
           [names.take(tbl), kinds.take(kind), value, n, ranks], schema=schema
         )
       )
-  head = json.dumps([list(tables), rank]).encode()
-  return hashlib.sha256(
-    head + b"".join(d.digest() for d in digests)
-  ).hexdigest()
+  return content.fingerprint(tables)
+
+
+class _Content:
+  """Hashes what a vocabulary says, row by row, whatever the batches."""
+
+  def __init__(self):
+    self.rows = 0
+    self._digests = [hashlib.sha256() for _ in range(5)]
+
+  def add(
+    self, tbl: np.ndarray, kind: np.ndarray, value: pa.Array, n: np.ndarray
+  ) -> None:
+    """Adds rows: numbers of table and kind, value, count."""
+    text = pc.fill_null(value, "")
+    for digest, column in zip(
+      self._digests,
+      (
+        tbl.astype(np.int16),
+        kind.astype(np.int8),
+        pc.binary_length(text).to_numpy().astype(np.int32),
+        pc.binary_join(pa.array([text.to_pylist()]), "")[0].as_buffer(),
+        n.astype(np.int64),
+      ),
+      strict=True,
+    ):
+      digest.update(column)
+    self.rows += len(tbl)
+
+  def fingerprint(self, tables: tuple[str, ...]) -> str:
+    """Returns the hash of all rows."""
+    head = json.dumps([list(tables), self.rows]).encode()
+    return hashlib.sha256(
+      head + b"".join(d.digest() for d in self._digests)
+    ).hexdigest()
+
+
+def tables_of(path: str) -> tuple[str, ...] | None:
+  """Returns the tables of a vocabulary in their order; None: it is not there.
+
+  Files of recjax before `export_rows` do not say it.
+  """
+  found = (pq.ParquetFile(path).schema_arrow.metadata or {}).get(_TABLES)
+  return None if found is None else tuple(map(str, files.parse_json(found)))
+
+
+def fingerprint_of(path: str, tables: tuple[str, ...]) -> str:
+  """Returns the fingerprint of what a vocabulary file holds.
+
+  Raises:
+    ValueError: it is not a vocabulary of these tables.
+  """
+  content, names, kinds = _Content(), pa.array(tables), pa.array(_KINDS)
+  for batch in pq.ParquetFile(path).iter_batches(
+    _BATCH, columns=["table", "kind", "value", "count"]
+  ):
+    tbl = pc.index_in(batch["table"], names)
+    kind = pc.index_in(batch["kind"], kinds)
+    if tbl.null_count or kind.null_count or batch["count"].null_count:
+      raise ValueError(f"{path} is no vocabulary of {', '.join(tables)}")
+    tbl, kind, n = (x.to_numpy() for x in (tbl, kind, batch["count"]))
+    content.add(tbl, kind, batch["value"], n)
+  return content.fingerprint(tables)
 
 
 def ranks(

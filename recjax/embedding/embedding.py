@@ -83,6 +83,10 @@ class Embedding(NamedTuple):
     """The groups with stored rows, which visit."""
     return tuple(g for g in self.groups if g.group.visitors)
 
+  def group(self, name: str) -> EmbeddingGroup:
+    """The group of that name."""
+    return next(g for g in self.groups if g.name == name)
+
   def with_visitors(self, rows: Mapping[str, int]) -> "Embedding":
     """The embedding with room for so many visitors an owner, by group."""
     plan = self.plan.with_visitors(rows)

@@ -382,12 +382,12 @@ def init(store: HostStore, embedding: Embedding, scale: float) -> None:
     for first, stop in stored.blocks(rows.itemsize * g.dim):
       at = np.arange(first, stop)
       ranks = (stored.positions(at) + ahead).astype(np.int32)
-      made = _first_rows(g.dim, scale, rows.dtype)(ranks, np.uint32(g.seed))
+      made = first_rows(g.dim, scale, rows.dtype)(ranks, np.uint32(g.seed))
       stored.write_rows(at, np.asarray(made))
 
 
 @functools.cache
-def _first_rows(dim: int, scale: float, dtype: np.dtype):
+def first_rows(dim: int, scale: float, dtype: np.dtype):
   """Returns the jitted (ranks [k] int32, seed uint32) -> rows [k, d]."""
   return jax.jit(
     lambda ranks, seed: initial_rows(ranks, dim, scale, seed).astype(dtype)

@@ -38,6 +38,7 @@ from recjax.training import (
   stored_checkpoint,
 )
 from recjax.training.finite import Refusal
+from recjax.training.row_sources import Carried
 from recjax.training.state import At, Identity, Run, TrainState
 
 VERSION = 4  # of what is stored; others are not read
@@ -236,16 +237,14 @@ def steps(directory: pathlib.Path) -> list[int]:
 
 def set_aside(directory: pathlib.Path, step: int) -> pathlib.Path:
   """Renames the folder of a step, so that it is no checkpoint any more."""
-  aside = directory / f"{step}.damaged"
-  for i in itertools.count(2):
-    if not aside.exists():
-      break
-    aside = directory / f"{step}.damaged.{i}"
+  more = (f".{i}" for i in itertools.count(2))
+  names = (f"{step}.damaged{x}" for x in itertools.chain([""], more))
+  aside = next(directory / x for x in names if not (directory / x).exists())
   return (directory / str(step)).rename(aside)
 
 
 def read_meta(directory: pathlib.Path, step: int) -> dict:
-  """The `meta` item of a step.
+  """Returns the `meta` item of a step.
 
   Raises:
     UserError: there is no such step, or it is damaged.
@@ -258,10 +257,8 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
     )
   with manager(directory, read_only=True) as m:
     try:
-      restored = m.restore(
-        step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-      )
-      meta = restored["meta"]
+      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+      meta = m.restore(step, args=args)["meta"]
       digest = meta.pop("digest", None)
       version = meta.get("version", 1) if "plan" in meta else VERSION
       if version == VERSION:
@@ -272,7 +269,7 @@ def read_meta(directory: pathlib.Path, step: int) -> dict:
         if digest != files.hash_of_json(meta):
           raise ValueError("its meta data is not what was written")
     except Exception as e:
-      raise _damaged(directory, step, e) from e
+      raise damaged(directory, step, e) from e
   if version != VERSION:
     raise UserError(
       f"checkpoint {step} in {directory} has version {version}, this recjax "
@@ -292,7 +289,7 @@ class DamagedError(UserError):
   """A checkpoint is not what was written; train.py adds which one is."""
 
 
-def _damaged(directory, step, what) -> DamagedError:
+def damaged(directory, step, what) -> DamagedError:
   text = str(what).strip().splitlines() or [type(what).__name__]
   return DamagedError(
     f"checkpoint {step} in {directory} is damaged: {text[0][:300]}"
@@ -305,6 +302,8 @@ def restore(
   meta: dict,
   run: Run,
   profile: Profile | None = None,
+  *,
+  carried: Carried | None = None,
 ) -> TrainState:
   """Restores the state at `step` onto a run's mesh and plan.
 
@@ -316,6 +315,7 @@ def restore(
     meta: of `read_meta`.
     run: whose initial state is donated.
     profile: of all rows; needed where a plan has table-wise tables.
+    carried: where the checkpoint is of another vocabulary.
 
   Raises:
     UserError: the checkpoint is damaged.
@@ -325,10 +325,11 @@ def restore(
     into = restore_rows.Into(
       run.spec.embedding, run.mesh, run.state.tables, run.store
     )
-    tables = restore_rows.restore(items, meta, into, profile)
-    _go_on(directory, meta, run, items)
+    tables = restore_rows.restore(items, meta, into, profile, carried)
+    if carried is None:
+      _go_on(directory, meta, run, items)
   except Exception as e:
-    raise _damaged(directory, step, e) from e
+    raise damaged(directory, step, e) from e
   count = jax.device_put(np.int32(step), replicated(run.mesh))
   return TrainState(count, dense["params"], dense["opt_state"], tables)
 
@@ -344,7 +345,7 @@ def check_whole(directory: pathlib.Path, step: int, run: Run) -> None:
     _, items = _open(directory, step, meta, run)
     restore_rows.check(items, meta, run.spec.embedding)
   except Exception as e:
-    raise _damaged(directory, step, e) from e
+    raise damaged(directory, step, e) from e
 
 
 def _open(directory: pathlib.Path, step: int, meta: dict, run: Run):
@@ -355,7 +356,7 @@ def _open(directory: pathlib.Path, step: int, meta: dict, run: Run):
   found, want = checksums.of_dense(dense)[0], meta["checksums"]["dense"]
   if int(found) != want:
     raise ValueError(f"its dense part's checksum is {found}, not {want}")
-  full = _full_meta(directory, step, meta)
+  full = full_meta(directory, step, meta)
   return dense, restore_rows.open_items(folder, meta, full)
 
 
@@ -365,12 +366,12 @@ def _restore_dense(directory: pathlib.Path, step: int, state: TrainState):
   like = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
   )
+  args = ocp.args.Composite(dense=ocp.args.StandardRestore(like))
   with manager(directory, read_only=True) as m:
-    args = ocp.args.Composite(dense=ocp.args.StandardRestore(like))
     return m.restore(step, args=args)["dense"]
 
 
-def _full_meta(directory: pathlib.Path, step: int, meta: dict) -> dict | None:
+def full_meta(directory: pathlib.Path, step: int, meta: dict) -> dict | None:
   """Returns the `meta` of the full save that a step needs beside its own."""
   full = meta["stored"]["full"]
   if full == step:

@@ -172,6 +172,12 @@ class StoredGroup:
 
   def read(self, name: str, at: np.ndarray) -> np.ndarray:
     """Returns an array's values at positions `at` [m]; zeros for -1."""
+    if np.any(np.diff(at) < 0):  # by far the faster in their order here
+      order = np.argsort(at, kind="stable")
+      found = self.read(name, at[order])
+      values = np.empty_like(found)
+      values[order] = found
+      return values
     parts = []
     for tier in self._group.tiers:
       mine = np.flatnonzero((at >= tier.first) & (at < tier.stop))

@@ -1,18 +1,20 @@
 """Rows of a checkpoint, streamed by blocks into tables and the host store.
 
 Whatever tier, mesh and owner a row had: it is read by its rank and goes where
-it lives now. Rows in device memory are read by every process, those of the
-host store by the process that owns them.
+it lives now (row_sources.py). One that was not there gets its first values.
+Rows in device memory are read by every process, those of the host store by the
+process that owns them.
 """
 
-import functools
 import pathlib
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from recjax import distributed
+from recjax.embedding import host_store
 from recjax.embedding import tables as tables_lib
 from recjax.embedding.embedding import Embedding, EmbeddingGroup
 from recjax.embedding.host_store import HostStore, StoredRows
@@ -20,10 +22,10 @@ from recjax.embedding.optimizers import TierArrays
 from recjax.embedding.snapshot import Bits
 from recjax.embedding.tables import Tables
 from recjax.frequency import Profile
-from recjax.plan import positions
 from recjax.plan.plan import Group, Plan
-from recjax.training import checkpoint_reader
+from recjax.training import checkpoint_reader, row_sources
 from recjax.training.checkpoint_reader import Items, StoredGroup, StoredItem
+from recjax.training.row_sources import Carried, Source
 
 BLOCK_BYTES = 16 << 20  # rows streamed at a time while restoring
 
@@ -70,7 +72,11 @@ def layout_of(plan: Plan) -> list:
 
 
 def restore(
-  items: Items, meta: dict, into: Into, profile: Profile | None
+  items: Items,
+  meta: dict,
+  into: Into,
+  profile: Profile | None,
+  carried: Carried | None = None,
 ) -> Tables:
   """Streams all rows to where they live now, and checks them.
 
@@ -79,6 +85,7 @@ def restore(
     meta: of the checkpoint.
     into: the tables and the store; both hold anything where this raises.
     profile: of all rows; needed where a plan has table-wise tables.
+    carried: where the checkpoint is of another vocabulary.
 
   Returns:
     The tables.
@@ -87,21 +94,17 @@ def restore(
     OSError, ValueError: something is damaged.
   """
   plan, embedding = Plan.from_json(meta["plan"]), into.embedding
-  now, then = {}, {}
-  if profile is not None:
-    now = positions.of_groups(embedding.plan, profile)
-    then = positions.of_groups(plan, profile)
   found = _groups(items, plan, embedding)
+  sources = row_sources.sources(plan, embedding.plan, profile, carried)
 
   def rows(group: str, at: np.ndarray) -> TierArrays:  # positions now [m]
-    if group in now:
-      a, b = int(at[0]), int(at[-1]) + 1
-      at = now[group].ranks_of(a, b)[at - a]
-    at = then[group].positions_of(at) if group in then else at
-    read = functools.partial(found[group].read, at=at)
-    return TierArrays(
-      read("rows"), {k: read(k) for k in found[group].names if k != "rows"}
-    )
+    of, source = embedding.group(group), sources[group]
+    ranks = source.ranks(at)
+    places = source.places(ranks)
+    values = _read(found.get(group), of, places)
+    if carried is None:
+      return values
+    return _with_fresh(values, of, ranks, places, carried.init_scale)
 
   tables = tables_lib.fill(
     into.tables,
@@ -110,6 +113,9 @@ def restore(
     block_rows(embedding),
     lambda group, first, stop: rows(group, np.arange(first, stop)),
   )
+  for g in embedding.groups:
+    if carried is not None and g.name in found:
+      _read_others(found[g.name], plan.group(g.name), g, sources[g.name])
   everywhere = _sums(found)
   if into.store:
     into.store.flush()
@@ -120,6 +126,55 @@ def restore(
   return tables
 
 
+# ---- Reading
+
+
+def _read(
+  found: StoredGroup | None, g: EmbeddingGroup, places: np.ndarray
+) -> TierArrays:
+  """Reads rows and slot variables at positions [m]; zeros for -1."""
+  if found is None:  # a group that was not there
+    shape = {True: (len(places), g.dim), False: (len(places),)}
+    slots = {
+      k: np.zeros(shape[wide], np.float32)
+      for k, wide in g.optimizer.slots.items()
+    }
+    return TierArrays(np.zeros(shape[True], jnp.dtype(g.group.dtype)), slots)
+  return TierArrays(
+    found.read("rows", places),
+    {k: found.read(k, places) for k in g.optimizer.slots},
+  )
+
+
+def _with_fresh(
+  values: TierArrays,
+  g: EmbeddingGroup,
+  ranks: np.ndarray,
+  places: np.ndarray,
+  scale: float,
+) -> TierArrays:
+  """Gives rows [m] that were not there what they would first have."""
+  fresh = (ranks >= 0) & (places < 0)
+  if not fresh.any():
+    return values
+  make = host_store.first_rows(g.dim, scale, values.rows.dtype)
+  # Of all: what is compiled has the shape of a block.
+  made = np.asarray(make(ranks.astype(np.int32), np.uint32(g.seed)))
+  return values._replace(rows=np.where(fresh[:, None], made, values.rows))
+
+
+def _read_others(
+  found: StoredGroup, then: Group, g: EmbeddingGroup, source: Source
+) -> None:
+  """Reads the rows that do not go on, as the checksums are of all."""
+  goes_on, step = source.goes_on(then.rows), BLOCK_BYTES // _row_bytes(g)
+  for first in range(0, then.rows, step):
+    at = first + np.flatnonzero(~goes_on[first : first + step])
+    if len(at):
+      for name in found.names:
+        found.read(name, at)
+
+
 def check(items: Items, meta: dict, embedding: Embedding) -> None:
   """Reads all rows, and checks them; of all processes, on this one.
 
@@ -128,23 +183,25 @@ def check(items: Items, meta: dict, embedding: Embedding) -> None:
   """
   plan = Plan.from_json(meta["plan"])
   found = _groups(items, plan, embedding)
-  for g in embedding.groups:
-    stop, step = plan.group(g.name).tiers[-1].stop, BLOCK_BYTES // _row_bytes(g)
+  for group, of in found.items():
+    step = BLOCK_BYTES // _row_bytes(embedding.group(group))
+    stop = plan.group(group).rows
     for first in range(0, stop, step):
-      for name in found[g.name].names:
-        found[g.name].read(name, np.arange(first, min(first + step, stop)))
+      for name in of.names:
+        of.read(name, np.arange(first, min(first + step, stop)))
   want = _wanted(found, meta["checksums"])
-  got = _sums(found)
-  _compare({k: got.get(k, 0) for k in want}, want)
+  compare(_sums(found), want)
 
 
 def _groups(
   items: Items, plan: Plan, embedding: Embedding
 ) -> dict[str, StoredGroup]:
   """Opens the rows of each group, with the slot variables of a run's."""
+  there = {g.name for g in plan.groups}
   return {
     g.name: StoredGroup(items, plan.group(g.name), ["rows", *g.optimizer.slots])
     for g in embedding.groups
+    if g.name in there
   }
 
 
@@ -209,7 +266,7 @@ def _check_sums(
   mine = [got.get(k, 0) - everywhere.get(k, 0) for k in want]
   totals = distributed.sum_over_processes(np.array(mine, np.int64) & 0xFFFFFFFF)
   totals = dict(zip(want, totals.tolist(), strict=True))
-  _compare(
+  compare(
     {k: (everywhere.get(k, 0) + x) & 0xFFFFFFFF for k, x in totals.items()},
     want,
   )
@@ -222,11 +279,12 @@ def _wanted(
   return {k: v for of in found.values() for k, v in of.wanted(resident).items()}
 
 
-def _compare(got: dict[str, int], want: dict[str, int]) -> None:
+def compare(got: dict[str, int], want: dict[str, int]) -> None:
+  """Raises ValueError where a sum is not what it must be."""
   for key, total in want.items():
-    if got[key] != total:
+    if got.get(key, 0) != total:
       raise ValueError(
-        f"the checksum of {key} is {got[key]}, {total} was written"
+        f"the checksum of {key} is {got.get(key, 0)}, {total} was written"
       )
 
 

@@ -29,6 +29,7 @@ MAY_CHANGE = (
   # What is done of the data counts samples. See `differences`.
   "train.batch_size",
   # How data is prepared and read, not what is read.
+  "data.count_decay",  # prepare.py asks for it where it counts
   "data.max_bad_rows",
   "data.memory_mb",
   "data.route",
@@ -117,8 +118,34 @@ def check(
 
 def check_identity(directory, step, meta: dict, want: Identity) -> None:
   """Raises UserError where the checkpoint is of something else."""
+  got = check_model(directory, step, meta, want)
+  if got.vocabulary != want.vocabulary:
+    raise UserError(
+      f"checkpoint {step} in {directory} was trained with another vocabulary "
+      f"({got.vocabulary[:12]}, {got.rows} rows; this data set has "
+      f"{want.vocabulary[:12]}, {want.rows} rows): its rows mean other ids. "
+      "Prepare the data that it was trained on, or use another --workdir: "
+      "with train.start_from a run begins with what another one has trained"
+    )
+
+
+def check_model(
+  directory, step, meta: dict, want: Identity, *, new_tables: bool = False
+) -> Identity:
+  """Raises UserError where the checkpoint is of another model.
+
+  Args:
+    directory, step, meta: the checkpoint.
+    want: what the run is.
+    new_tables: whether tables may be new, or be there no more.
+
+  Returns:
+    What the checkpoint is of.
+  """
   got = Identity(**meta["identity"])
   for field, value in want.model.items():
+    if new_tables and field.startswith("table ") and field not in got.model:
+      continue
     if got.model.get(field) != value:
       raise UserError(
         f"checkpoint {step} in {directory} is of another model: {field} is "
@@ -126,13 +153,7 @@ def check_identity(directory, step, meta: dict, want: Identity) -> None:
         "restore it with the config it was trained with, or use another "
         "--workdir"
       )
-  if got.vocabulary != want.vocabulary:
-    raise UserError(
-      f"checkpoint {step} in {directory} was trained with another vocabulary "
-      f"({got.vocabulary[:12]}, {got.rows} rows; this data set has "
-      f"{want.vocabulary[:12]}, {want.rows} rows): its rows mean other ids. "
-      "Prepare the data that it was trained on, or use another --workdir"
-    )
+  return got
 
 
 def described(settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,9 @@
 """The train loop, read downward: resume, step, log, save, evaluate."""
 
 import contextlib
+import os
 import pathlib
+import tempfile
 from collections.abc import Callable
 
 import jax
@@ -10,18 +12,22 @@ import optax
 
 from recjax import distributed, folders, signals
 from recjax.config import Config
+from recjax.data import old_vocabulary, vocabulary
 from recjax.data.prepared import Prepared, copy_vocabulary
 from recjax.errors import UserError
+from recjax.plan.plan import Plan
 from recjax.training import (
   checkpoint,
   checksums,
   inputs,
+  row_sources,
   same_run,
   saves,
   step_log,
 )
 from recjax.training.checkpoint import About
 from recjax.training.evaluate import evaluate
+from recjax.training.row_sources import Carried
 from recjax.training.state import At, Run
 
 Report = Callable[[str], None]
@@ -159,24 +165,35 @@ def _resume(
     run, meta = restore(run, prepared, directory, step, report)
     at = checkpoint.at_of(step, meta)
   elif config.train.start_from:
-    run, at = _begin_from(config.train.start_from, prepared, run, report)
+    run, at = _begin_from(config, prepared, run, report)
   if jax.process_index() == 0:
     copy_vocabulary(prepared, str(directory))
   return run, at
 
 
 def _begin_from(
-  workdir: str, prepared: Prepared, run: Run, report: Report
+  config: Config, prepared: Prepared, run: Run, report: Report
 ) -> tuple[Run, At]:
-  """Begins a run with what another one has trained.
+  """Begins a run with what another one has trained, maybe on other data.
 
   Its steps are counted on, as optimizers do; schedules and data begin anew.
   """
-  directory = folders.named(workdir, "train.start_from") / "checkpoints"
-  step = checkpoint.newest(directory)
-  if step is None:
-    raise UserError(f"train.start_from: {directory} holds no checkpoint")
-  run, _ = restore(run, prepared, directory, step, report)
+  directory, step, meta = trained_by(config.train.start_from)
+  if meta["identity"]["vocabulary"] == prepared.vocabulary:
+    run, _ = restore(run, prepared, directory, step, report)
+  else:
+    report(f"restoring step {step} of {directory} for other data")
+    with _naming_whole_ones(directory, step, run):
+      carried = _carried(config, prepared, run, (directory, step, meta))
+      new = int((carried.ranks < 0).sum())
+      state = checkpoint.restore(
+        directory, step, meta, run, prepared.profile, carried=carried
+      )
+    run = run._replace(state=state)
+    report(
+      f"of {len(carried.ranks):,} rows {new:,} are new; "
+      f"{carried.profile.rows - len(carried.ranks) + new:,} do not go on"
+    )
   if run.store:
     run.store.full = None  # the other run's saves are not this one's
   scheduled = optax.ScaleByScheduleState
@@ -188,6 +205,48 @@ def _begin_from(
   )
   state = run.state._replace(opt_state=opt_state)
   return run._replace(state=state), At(step, began=step)
+
+
+def trained_by(workdir: str) -> tuple[pathlib.Path, int, dict]:
+  """Finds what train.start_from names.
+
+  Returns:
+    The folder of checkpoints, the newest step there, and its `meta`.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  directory = folders.named(workdir, "train.start_from") / "checkpoints"
+  step = checkpoint.newest(directory)
+  if step is None:
+    raise UserError(f"train.start_from: {directory} holds no checkpoint")
+  return directory, step, checkpoint.read_meta(directory, step)
+
+
+def _carried(config: Config, prepared: Prepared, run: Run, trained) -> Carried:
+  """Joins the rows of a checkpoint with those of a run, by table and value.
+
+  trained: of `trained_by`.
+  """
+  directory, step, meta = trained
+  was = same_run.check_model(
+    directory, step, meta, run.identity, new_tables=True
+  )
+  row_sources.check_groups(
+    Plan.from_json(meta["plan"]), run.spec.embedding.plan
+  )
+  old = old_vocabulary.find(
+    directory.parent, was.vocabulary, "train.start_from"
+  )
+  new = os.path.join(prepared.directory, vocabulary.FILE)
+  with (
+    tempfile.TemporaryDirectory(dir=prepared.directory) as spill,
+    vocabulary.open_engine(config.data.memory_mb, spill) as engine,
+  ):
+    ranks = old_vocabulary.ranks_in(engine, old, new, prepared.profile.rows)
+  return Carried(
+    old_vocabulary.profile_of(old), ranks, config.embedding.init_scale
+  )
 
 
 def restore(

@@ -18,6 +18,7 @@ from helpers_checkpoint import (
   PROFILE_OF_TWO,
   SAVED,
   assert_same,
+  by_rank,
   fresh,
   in_rank_order,
   make_plan,
@@ -28,7 +29,6 @@ from helpers_checkpoint import (
 )
 
 from recjax.data.shuffle import Done
-from recjax.plan import positions
 from recjax.plan.plan import Plan
 from recjax.training import (
   checkpoint,
@@ -335,19 +335,6 @@ def test_a_restore_never_holds_a_second_table(tmp_path):
 
 
 # ---- Table-wise tables, whose rows lie elsewhere
-
-
-def by_rank(run, profile):
-  """The rows of each group by rank, whatever their positions."""
-  plan = run.spec.embedding.plan
-  where = positions.of_groups(plan, profile)
-  found = in_rank_order(run)[1]
-  for g in plan.groups:
-    if g.name in where:
-      ranks = np.arange(g.rows - g.padding_rows, dtype=np.int32)
-      at = where[g.name].positions_of(ranks)
-      found[g.name] = jax.tree.map(lambda x, at=at: x[at], found[g.name])
-  return found
 
 
 @pytest.mark.slow

@@ -38,6 +38,7 @@ def test_every_field_may_change_or_is_refused():
     if not same_run.differences(fields, fields | {path: "another"})
   }
   assert {x for x in free if x[:5] not in ("plan.", "mesh.", "check")} == {
+    "data.count_decay",
     "data.max_bad_rows",
     "data.memory_mb",
     "data.route",
@@ -220,7 +221,7 @@ def test_it_starts_from_another_run(trained, tmp_path):
   prepared = jobs.prepare(config, tmp_path, quiet)
   plan, _ = jobs.plan(config, prepared, tmp_path, quiet)
   run = build.build(config, prepared, plan)
-  began, at = train._begin_from(str(trained), prepared, run, quiet)
+  began, at = train._begin_from(config, prepared, run, quiet)
   assert at == At(10, Done(), 10)
   kept, _ = train.restore(
     build.build(config, prepared, plan),
