@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     batches,
     build,
     evaluate,
+    export_rows,
     make_plan,
     predict,
     prepare,
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 # simulated before JAX starts.
 _HOMES = {
   "recjax.api": (
-    *("batches", "build", "evaluate", "make_plan", "predict", "prepare"),
-    *("prepare_columns", "restore", "rows", "train"),
+    *("batches", "build", "evaluate", "export_rows", "make_plan", "predict"),
+    *("prepare", "prepare_columns", "restore", "rows", "train"),
   ),
   "recjax.config": ("Config", "TableRule"),
   "recjax.data.log": ("Format",),
@@ -79,6 +80,7 @@ __all__ = [
   "batches",
   "build",
   "evaluate",
+  "export_rows",
   "forward",
   "init_tables",
   "make_embedding",

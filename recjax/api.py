@@ -34,6 +34,7 @@ from recjax.plan.plan import Plan
 from recjax.schema import Feature
 from recjax.training import checkpoint, inputs, visiting
 from recjax.training import evaluate as evaluate_lib
+from recjax.training import export_rows as export
 from recjax.training import train as train_lib
 from recjax.training.build import build
 from recjax.training.state import At, Run
@@ -43,6 +44,7 @@ __all__ = [
   "batches",
   "build",
   "evaluate",
+  "export_rows",
   "make_plan",
   "predict",
   "prepare",
@@ -236,6 +238,40 @@ def rows(
   at = _positions(run, prepared, table, ids)
   group = next(g for g in run.spec.embedding.plan.groups if table in g.tables)
   return visiting.read_rows(run, group, at)
+
+
+def export_rows(
+  workdir: Path,
+  output: Path,
+  tables: Sequence[str] = (),
+  *,
+  step: int | None = None,
+  report: Report = print,
+) -> None:
+  """Writes value, kind, count and vector of all rows of tables, from the disk.
+
+  Args:
+    workdir: of a run that has a checkpoint.
+    output: NAME.parquet; or NAME.npy of vectors [rows, d] float32 in rank
+      order, the rest in NAME.values.parquet; or, of any number of tables, a
+      folder of TABLE.parquet. Nothing of that name may be there.
+    tables: their names; none = all.
+    step: of the checkpoint; None = the newest.
+    report: takes lines of progress.
+
+  Raises:
+    UserError: there is no such checkpoint or table, the checkpoint is damaged,
+      or something is at the output's place.
+  """
+  output = pathlib.Path(output).absolute()
+  with errors.of_the_system(f"writing {output}"):
+    export.export_rows(
+      folders.named(workdir, "workdir"),
+      output,
+      tables,
+      step=-1 if step is None else step,
+      report=report,
+    )
 
 
 def _positions(run, prepared: Prepared, table: str, ids) -> np.ndarray:

@@ -8,7 +8,6 @@ import pathlib
 import re
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
@@ -24,6 +23,10 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Holds all that a run makes [runs/<config name>]."
 )
 _MODES = ["train", "prepare", "plan", "evaluate", "predict", "export_rows"]
+_WRITE_OUTPUT = (
+  "predict",
+  "export_rows",
+)  # modes that write what --output names
 _MODE = flags.DEFINE_enum(
   "mode", "train", _MODES, "train does all that is not done yet."
 )
@@ -60,6 +63,7 @@ def parse(argv: list[str]) -> list[str]:
     config_check.check_flags(argv)
     rest = flags.FLAGS(_with_own_configs(argv))
     config_check.check(_CONFIG.value)
+    _written()
     return rest
   except (AttributeError, TypeError, IndexError, flags.Error) as e:
     _fail(config_check.explain(e))
@@ -92,7 +96,6 @@ def main(_: list[str]) -> None:
   settings |= {f"--{f.name}": f.value for f in own if f.value is not None}
   index = 0
   try:
-    written = _written(jobs.WRITE_OUTPUT)
     folder = folders.named(workdir, "--workdir")
     with distributed.job(*job, settings=settings, workdir=folder) as (
       index,
@@ -102,7 +105,7 @@ def main(_: list[str]) -> None:
         mesh.simulate_devices(config.mesh.devices, count)
       report = lambda s: None if index else print(s, flush=True)
       mode = jobs.MODES[_MODE.value]
-      mode(config, folder, report, **written)
+      mode(config, folder, report, **_written())
   except signals.Ended as e:
     if index == 0:
       signals.say(str(e))
@@ -111,29 +114,27 @@ def main(_: list[str]) -> None:
     _fail(e)
 
 
-def _written(modes: Sequence[str]) -> dict[str, Any]:
+def _written() -> dict[str, Any]:
   """Returns what --output and --tables say, as a job takes it.
-
-  Args:
-    modes: those that write an output.
 
   Raises:
     UserError: one is given that the mode does not take, or is missing.
   """
-  mode, found = _MODE.value, {}
-  if _OUTPUT.value and mode not in modes:
-    raise UserError(
-      f"--output: --mode={mode} writes into --workdir alone; leave it out, or "
-      f"use it with --mode={' or '.join(modes)}"
-    )
-  if mode in modes:
-    if not _OUTPUT.value:
-      raise UserError(f"--output: missing; say what --mode={mode} is to write")
-    found["output"] = pathlib.Path(_OUTPUT.value).absolute()
+  mode = _MODE.value
+  if _TABLES.value and mode != "export_rows":
+    raise UserError("--tables: --mode=export_rows alone takes it; leave it out")
+  if mode not in _WRITE_OUTPUT:
+    if _OUTPUT.value:
+      raise UserError(
+        f"--output: --mode={mode} writes into --workdir alone; leave it out, "
+        f"or use it with --mode={' or '.join(_WRITE_OUTPUT)}"
+      )
+    return {}
+  if not _OUTPUT.value:
+    raise UserError(f"--output: missing; say where --mode={mode} writes to")
+  found: dict[str, Any] = {"output": pathlib.Path(_OUTPUT.value).absolute()}
   if mode == "export_rows":
     found["tables"] = tuple(x for x in (_TABLES.value or "").split(",") if x)
-  elif _TABLES.value:
-    raise UserError("--tables: --mode=export_rows alone takes it; leave it out")
   return found
 
 

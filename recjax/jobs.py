@@ -6,7 +6,7 @@ workdir: data/, plan.json, plan.html, checkpoints/, metrics.jsonl.
 
 import contextlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -25,6 +25,7 @@ from recjax.plan.plan import Plan
 from recjax.planner import write_plan
 from recjax.training import build as build_lib
 from recjax.training import checkpoint, inputs, predictions, score_log
+from recjax.training import export_rows as export
 from recjax.training import train as train_lib
 from recjax.training.evaluate import evaluate as evaluate_run
 from recjax.training.state import Run
@@ -307,11 +308,34 @@ def prepare_and_plan(
   return plan(config, prepared, workdir, report, serving=serving)[0]
 
 
+def export_rows(
+  config: Config,
+  workdir: pathlib.Path,
+  report: Report = print,
+  *,
+  output: pathlib.Path,
+  tables: Sequence[str] = (),
+) -> None:
+  """Writes the rows of tables as files; see training/export_rows.py.
+
+  Raises:
+    UserError: as there; or there are several processes.
+  """
+  if jax.process_count() > 1:
+    raise UserError(
+      "--processes: --mode=export_rows reads files alone: use one process"
+    )
+  with errors.of_the_system(f"writing {output}"):
+    export.export_rows(
+      workdir, output, tables, step=config.checkpoint.step, report=report
+    )
+
+
 MODES = {
   "train": train,
   "prepare": prepare,
   "plan": prepare_and_plan,
   "evaluate": evaluate,
   "predict": predict,
+  "export_rows": export_rows,
 }
-WRITE_OUTPUT = ("predict",)  # modes that need --output

@@ -67,6 +67,17 @@ CASES = {
   ),
   "unknown mode": ((*CONFIG, "--mode", "tran"), ["mode", "tran", "train"]),
   "unknown flag": ((*CONFIG, "--workdri=x"), ["workdri", "workdir"]),
+  "output of a mode without one": (
+    (*CONFIG, "--output=rows.npy"),
+    [
+      "--output: --mode=train writes into --workdir",
+      "--mode=predict or export_rows",
+    ],
+  ),
+  "no output of a mode with one": (
+    (*CONFIG, "--mode=export_rows", "--tables=item"),
+    ["--output: missing", "--mode=export_rows"],
+  ),
   "typo in the file": (
     ("--config", "{tmp}/typo.py"),
     ["train.bach_size", "did you mean train.batch_size?"],

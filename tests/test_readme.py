@@ -38,7 +38,7 @@ def commands() -> list[str]:
   return found
 
 
-QUICKSTART, TRAIN, EVALUATE, NEXT_DAY, COMPILE = [
+QUICKSTART, TRAIN, EVALUATE, NEXT_DAY, EXPORT, COMPILE = [
   c for c in commands() if c not in ELSEWHERE
 ]
 
@@ -110,6 +110,9 @@ def test_your_own_logs(checkout):
   packed.write_bytes(gzip.compress(plain.read_bytes(), 1))
   printed = run(NEXT_DAY, checkout, **fast)
   assert re.search(r"^of [\d,]+ rows [\d,]+ are new", printed, re.MULTILINE)
+  run(EXPORT, checkout, **fast)
+  found = {p.name for p in (checkout / "rows").iterdir()}
+  assert found == {"C3.parquet", "C12.parquet"}
 
 
 @pytest.mark.slow
