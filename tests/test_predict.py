@@ -237,3 +237,19 @@ def test_predictions_that_were_cut_off_go_on(trained, tmp_path, monkeypatch):
   # Of another checkpoint, they begin anew.
   assert predictions.begun(output, {"of": 1}) == 0
   shutil.rmtree(tmp_path / "p.parquet.unfinished")
+
+
+def test_the_next_day_keeps_the_normalisers(trained, tmp_path):
+  config, workdir, _ = trained
+  was = prepared_lib.load(str(workdir / "data")).numbers
+  table = rows(2, 500)
+  for row in table:
+    row[4] = row[5] = "1000"
+  log = write(tmp_path / "next.csv", table)
+  begun = dataclasses.replace(config.train, start_from=str(workdir))
+  config = dataclasses.replace(changed(config, train=log), train=begun)
+  found = jobs.prepare(config, tmp_path / "run", quiet)
+  assert found.numbers == was and len(was) == 2
+  alone = dataclasses.replace(config, train=trained[0].train)
+  fresh = jobs.prepare(alone, tmp_path / "fresh", quiet)
+  assert fresh.numbers != was

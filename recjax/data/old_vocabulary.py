@@ -26,12 +26,15 @@ import pyarrow.parquet as pq
 
 from recjax import files
 from recjax.data import prepared, vocabulary
+from recjax.data.numbers import Fitted
 from recjax.errors import UserError
 from recjax.frequency import Profile
 
 # table [V] int16, value [V] (null = missing), count [V].
 Part = tuple[np.ndarray, pa.Array, np.ndarray]
 BEFORE, DECAY = "data.counts_before", "data.count_decay"  # settings
+# Setting of a run: the normalisers that its data was prepared with.
+NUMBERS = "data.numbers"
 FRESH = -1  # rank of a row that was not there
 
 
@@ -79,6 +82,24 @@ def find(workdir: pathlib.Path, fingerprint: str, field: str) -> str:
     f"{fingerprint[:12]} that the checkpoint there was trained with; put it "
     "back, or use another workdir"
   )
+
+
+def numbers_of(
+  before: Before | None, settings: Mapping[str, Any]
+) -> tuple[Fitted, ...]:
+  """Returns the normalisers that another run goes by; () = there are none.
+
+  What it has trained goes on with the same ones, whatever the new log says.
+
+  Args:
+    before: the other run's data.
+    settings: of the new data set.
+  """
+  if before is None:
+    return ()
+  was, key = before.settings, "schema.numbers"
+  found = was.get(NUMBERS, []) if was.get(key) == settings.get(key) else []
+  return tuple(Fitted.from_json(x) for x in found)
 
 
 def profile_of(path: str) -> Profile:

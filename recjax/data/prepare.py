@@ -247,8 +247,11 @@ class _Chunks:
       )
 
   def fit(self) -> None:
-    """Fits the normalisers of the log's numbers to the training split."""
-    if not self.log_numbers:
+    """Fits the normalisers of the log's numbers to the training split.
+
+    Unless they are those of another run, which this one goes on from.
+    """
+    if self.numbers or not self.log_numbers:
       return
     self.numbers = fit_numbers.fit(
       self.log_numbers,
@@ -314,6 +317,7 @@ def _count(
   done = os.path.join(chunks.folder, "counted.json")
   found = _read_json(done)
   if found is None or "numbers" not in found:
+    chunks.numbers = old_vocabulary.numbers_of(of.before, of.settings)
     chunks.fit()
     tables = chunks.schema.tables
     fingerprint, share = old_vocabulary.count(

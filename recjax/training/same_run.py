@@ -12,6 +12,7 @@ from typing import Any
 
 from recjax import config as config_lib
 from recjax.config import Config
+from recjax.data.old_vocabulary import NUMBERS
 from recjax.data.prepared import Prepared
 from recjax.errors import UserError
 from recjax.training.state import Identity
@@ -46,7 +47,10 @@ def settings_of(config: Config, prepared: Prepared) -> dict[str, Any]:
 
   Of data.* those that the data was prepared with count: logs by fingerprints.
   """
-  return as_json(flat(config)) | prepared.settings
+  found = as_json(flat(config)) | prepared.settings
+  if prepared.numbers:
+    found[NUMBERS] = as_json([x._asdict() for x in prepared.numbers])
+  return found
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
