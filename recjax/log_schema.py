@@ -129,6 +129,9 @@ class Schema:
   numbers: tuple[Number, ...] = ()
   features: tuple[Feature, ...] = ()
   weight: str = ""  # column of sample weights, which losses are multiplied by
+  # Column of the time, by which the last part tests (data.split); "" = the
+  # order of the log. A number, or a date and time as in 2026-11-27 03:10:00.
+  time: str = ""
   keep: tuple[str, ...] = ()  # columns that predictions repeat
 
 

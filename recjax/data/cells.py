@@ -306,6 +306,33 @@ def _cast_text(text: pa.Array) -> tuple[np.ndarray, np.ndarray]:
   return out, bad | np.isinf(out)
 
 
+def times(name: str, cells: pa.Array) -> tuple[np.ndarray, tuple[Fault, ...]]:
+  """Returns times, [k] float64: numbers as they are, dates in seconds.
+
+  Raises:
+    UserError: the column is of a type that has no times.
+  """
+  kind = cells.type
+  if pa.types.is_temporal(kind):
+    cells = cells.cast(pa.timestamp("us")).cast(pa.int64())
+    found = cells.to_numpy(zero_copy_only=False) / 1e6
+    bad = np.isnan(found)
+  else:
+    found, bad = _cast(name, cells)
+    bad |= np.isnan(found)
+    if bad.all() and _is_text(kind):
+      text = pc.replace_substring(cells.cast(pa.string()), "T", " ")
+      text = pc.replace_substring_regex(text, r"(\.\d+)?Z?$", "")
+      text = pc.replace_substring_regex(text, r"^([\d-]{10})$", r"\1 00:00:00")
+      read = pc.strptime(text, "%Y-%m-%d %H:%M:%S", "s", error_is_null=True)
+      bad = read.is_null().to_numpy(zero_copy_only=False)
+      found = read.cast(pa.int64()).fill_null(0).to_numpy().astype(np.float64)
+  if bad.any():
+    why = "is no time: a number, or a date and time as 2026-11-27 03:10:00"
+    return found, (_fault(name, cells, bad, why),)
+  return found, ()
+
+
 # ---- Labels
 
 

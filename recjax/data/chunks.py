@@ -33,6 +33,7 @@ class Chunk:
   read: float  # share of the logs' bytes that was read so far
   labels: np.ndarray | None = None  # [k, K] float32, where K > 1
   sample_weight: np.ndarray | None = None  # [k] float32
+  time: np.ndarray | None = None  # [k] float64
   keep: pa.Table | None = None  # [k] columns that predictions repeat
 
 

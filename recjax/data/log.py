@@ -81,7 +81,10 @@ class Log:
 
   def _wanted(self, path: str, options: Text) -> dict[str, str]:
     """Returns what the reader is to give of a file."""
-    wanted = _wanted(self.columns, self.columns.keep if self.predicting else ())
+    of = self.columns
+    wanted = _wanted(of, of.keep if self.predicting else ())
+    if of.time and not self.predicting:
+      wanted[of.time] = "number" if of.time not in wanted else "text"
     if self.predicting and self.format.names is not None:
       there = self.format.names(path, options)
       labels = {log_schema.label_of(x)[0] for x in self.columns.labels}
@@ -175,6 +178,10 @@ def _converted(
   if schema.weight:
     weight, wrong = cells.sample_weights(schema.weight, columns[schema.weight])
     faults += wrong
+  time = None
+  if schema.time and not log.predicting:
+    time, wrong = cells.times(schema.time, columns[schema.time])
+    faults += wrong
   ids, weights, wrong = _ids(schema, columns)
   faults += wrong
   if faults:
@@ -189,6 +196,7 @@ def _converted(
       read=0.0,
       labels=labels,
       sample_weight=weight,
+      time=time,
       keep=table.select(schema.keep) if log.predicting else None,
       **encode(inputs, ids, weights, last),
     ),

@@ -43,7 +43,7 @@ from recjax.data.made_from import MadeFrom
 from recjax.data.numbers import Fitted
 from recjax.data.old_vocabulary import Before
 from recjax.data.prepared import Prepared
-from recjax.data.split import Split
+from recjax.data.split import Split, time_cut
 from recjax.data.staging import Reader, Staged
 from recjax.errors import UserError
 from recjax.progress import Progress
@@ -239,6 +239,11 @@ class _Chunks:
       [tables.index(f.table) for f in schema.features], np.int16
     )
     self.split = Split(data, staged.train_rows, staged.rows)
+    if log.time and not data.test and data.split == "time":
+      parts = range(len(staged.sizes))
+      times = lambda: (staging.times(self.folder, i) for i in parts)
+      cut = time_cut(times, self.split.train) if self.split.train else None
+      self.split = dataclasses.replace(self.split, cut=cut)
     if not 0 < self.split.train < self.split.total:
       raise UserError(
         f"the logs hold {self.split.total:,} samples, of which"
@@ -260,7 +265,7 @@ class _Chunks:
           self.log_numbers,
           arrays["dense"],
           row,
-          self.split.mask(row, len(arrays["label"])),
+          self._trains(row, arrays),
           self.split.train,
         )
         for row, arrays, _ in self._read("fit")
@@ -271,7 +276,7 @@ class _Chunks:
     """Yields (table, value, count in the training split) of each chunk."""
     for row, arrays, values in self._read("count"):
       codes = arrays["codes"]
-      train = codes[self.split.mask(row, len(codes))]
+      train = codes[self._trains(row, arrays)]
       n = np.bincount(train[train >= 0], minlength=len(values))
       yield self.table_of[arrays["feature"]], values, n
 
@@ -293,10 +298,14 @@ class _Chunks:
       arrays["ids"] = rank[arrays.pop("codes")]
       if self.numbers:
         arrays["dense"] = numbers.normalised(self.numbers, arrays["dense"])
-      train = self.split.mask(row, len(arrays["label"]))
+      train = self._trains(row, arrays)
       for name, mask in (("train", train), ("test", ~train)):
         if mask.any():
           yield name, {a: arrays[a][mask] for a in wanted}
+
+  def _trains(self, row: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    """Says of each sample of a chunk if it trains."""
+    return self.split.mask(row, len(arrays["label"]), arrays.get("time"))
 
   def _read(
     self, name: str

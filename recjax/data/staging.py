@@ -179,6 +179,12 @@ def features(stage: str, i: int) -> np.ndarray:
     return file["feature"]
 
 
+def times(stage: str, i: int) -> np.ndarray | None:
+  """Reads the times of chunk i, [k] float64, where it has any."""
+  with np.load(_path(stage, i, "npz")) as file:
+    return file.get("time", None)
+
+
 def values(stage: str, i: int) -> pa.Array:
   """Reads the distinct values of chunk i: [V] strings."""
   with pa.memory_map(_path(stage, i, "arrow")) as f:

@@ -155,3 +155,24 @@ def test_sample_weights_are_not_negative():
   assert cells.sample_weights("w", pa.array([0.5, 0]))[0].tolist() == [0.5, 0]
   _, (fault,) = cells.sample_weights("w", pa.array([1, -1, None]))
   assert fault.rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+  "values",
+  [
+    ["2026-11-27 03:10:00", "2026-11-27T03:10:01.5Z", "2026-11-28"],
+    [1795748400 + 600, 1795748400 + 601, 1795748400 - 10800 + 86400],
+    [
+      datetime.datetime(2026, 11, 27, 3, 10),
+      datetime.datetime(2026, 11, 27, 3, 10, 1),
+      datetime.datetime(2026, 11, 28),
+    ],
+  ],
+)
+def test_times_are_numbers_or_dates(values):
+  found, faults = cells.times("t", pa.array(values))
+  assert not faults and (np.diff(found) > 0).all()
+  assert found[1] - found[0] == 1
+  bad = [None, *values[1:]]
+  _, (fault,) = cells.times("t", pa.array(bad))
+  assert fault.rows.tolist() == [0] and "is no time" in fault.reasons[0]

@@ -249,3 +249,14 @@ def test_a_format_of_ones_own(tmp_path):
   found, _ = samples(path, schema)
   assert [x[3] for x in found[:2]] == [["3"], [None]]
   prepare.prepare(config(path, schema), str(tmp_path / "d"), quiet)
+
+
+def test_the_last_times_test_whatever_the_order_of_the_log(tmp_path):
+  path = tmp_path / "x.csv"
+  days = np.random.default_rng(0).permutation(np.arange(1, 31))
+  lines = "".join(f"{int(d > 27)},2026-11-{d:02} 10:00:00,a\n" for d in days)
+  path.write_text("y,ts,a\n" + lines)
+  schema = Schema(labels=("y",), features=(Id("a"),), time="ts")
+  found = prepare.prepare(config(path, schema), str(tmp_path / "d"), quiet)
+  assert found.samples == {"train": 27, "test": 3}
+  assert found.blocks("test")[[0]]["label"].tolist() == [1, 1, 1]

@@ -153,7 +153,7 @@ def test_logits_that_are_not_finite_are_an_error(bad):
   assert_same(metrics.result(), before)
 
 
-def test_labels_that_are_not_0_or_1_are_an_error():
+def test_labels_that_are_no_probabilities_are_an_error():
   with pytest.raises(ValueError, match="found 2"):
     Metrics().add(np.float32([0.0]), [2])
 
@@ -222,3 +222,15 @@ def test_writer_resumes_at_a_step(tmp_path):
   # TensorBoard forgets what it has of these steps and later ones.
   starts = [e.step for e in events(tmp_path) if e.HasField("session_log")]
   assert starts == [21]
+
+
+def test_a_probability_counts_as_that_many_samples_of_each_label():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=60).astype(np.float32)
+  quarters = rng.integers(0, 5, 60)  # of label 1, in four samples
+  got = metrics_of(logits, quarters / np.float32(4), pieces=3).result()
+  labels = np.concatenate([np.arange(4) < q for q in quarters]).astype(int)
+  want = metrics_of(np.repeat(logits, 4), labels).result()
+  assert got.pop("samples") * 4 == want.pop("samples")
+  for name, value in got.items():
+    assert value == pytest.approx(want[name], rel=1e-12), name
