@@ -17,8 +17,8 @@
 An id is its text, of whatever type its column is: `1` and `"1"` are one id, and
 so is `1.0`, since a column of integers with a hole in it becomes one of floats
 on its way through pandas. What is missing is null, NaN, or one of the texts "",
-"nan", "NaN", "null", "NULL" and "\\N". A label is 0 or 1, a probability, or -1
-or 1 (-1 counts as 0); `rating > 3` makes one of a number.
+"nan", "NaN", "null", "NULL" and "\\N". A label is 0 or 1, a probability, -1 or
+1 (-1 counts as 0), or true or false; `rating > 3` makes one of a number.
 """
 
 import operator

@@ -341,6 +341,8 @@ def labels(
 ) -> tuple[np.ndarray, tuple[Fault, ...]]:
   """Returns labels, [k] float32 from 0 to 1; -1 counts as 0.
 
+  Text may be True or true, False or false.
+
   Args:
     name: of the column.
     cells: its numbers.
@@ -349,6 +351,8 @@ def labels(
   Raises:
     UserError: the column is of a type that has no numbers.
   """
+  if _is_text(cells.type):  # as pandas writes them into CSV
+    cells = _truth_as_numbers(cells.cast(pa.string()))
   found, bad = _cast(name, cells)
   missing = np.isnan(found)
   if threshold is not None:
@@ -359,3 +363,10 @@ def labels(
     why = "is no label: 0, 1, -1, a probability, or a number and a threshold"
     return found.astype(np.float32), (_fault(name, cells, bad, why),)
   return found.astype(np.float32), ()
+
+
+def _truth_as_numbers(text: pa.Array) -> pa.Array:
+  """Returns text with true and false, however written, as 1 and 0."""
+  small = pc.ascii_lower(text)
+  text = pc.if_else(pc.equal(small, "true"), "1", text)
+  return pc.if_else(pc.equal(small, "false"), "0", text)

@@ -145,6 +145,7 @@ def test_labels_are_probabilities_signs_or_above_a_threshold():
   assert found.tolist() == [0, 0, 1, 0.25] and not faults
   assert labels(["-1", "1"])[0].tolist() == [0, 1]
   assert labels([True, False])[0].tolist() == [1, 0]
+  assert labels(["True", "false", "1"])[0].tolist() == [1, 0, 1]
   assert labels([3, 4.5, 5], lambda x: x > 4)[0].tolist() == [0, 1, 1]
   for bad in ([None, 1], ["", "1"], ["x", "1"], [2, 1], [-0.5, 1]):
     _, (fault,) = labels(bad)
