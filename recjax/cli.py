@@ -3,6 +3,7 @@
 `python main.py` and the installed command `recjax` both run this.
 """
 
+import itertools
 import os
 import pathlib
 import re
@@ -13,7 +14,8 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from recjax import config_check, folders, malloc, signals
+from recjax import config_check, errors, files, folders, malloc, signals
+from recjax.config import Config
 from recjax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -23,6 +25,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Holds all that a run makes [runs/<config name>]."
 )
 _MODES = ["train", "prepare", "plan", "evaluate", "predict", "export_rows"]
+_MODES += ["inspect"]
 _WRITE_OUTPUT = (
   "predict",
   "export_rows",
@@ -31,11 +34,13 @@ _MODE = flags.DEFINE_enum(
   "mode", "train", _MODES, "train does all that is not done yet."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "What predict and export_rows write."
+  "output", None, "What predict, export_rows and inspect write."
 )
 _TABLES = flags.DEFINE_string(
   "tables", None, "Those that export_rows writes: a,b [all]."
 )
+# What --mode=inspect begins with where --config is not given.
+_NO_CONFIG = str(pathlib.Path(__file__).parent / "no_config.py")
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of id 0.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many run this job.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this one, from 0.")
@@ -61,7 +66,7 @@ def parse(argv: list[str]) -> list[str]:
   """Parses flags as absl does, with errors that name the nearest field."""
   try:
     config_check.check_flags(argv)
-    rest = flags.FLAGS(_with_own_configs(argv))
+    rest = flags.FLAGS(_with_own_configs(_with_no_config(argv)))
     config_check.check(_CONFIG.value)
     _written()
     return rest
@@ -82,10 +87,12 @@ def main(_: list[str]) -> None:
   malloc.keep_freed_memory()
   import pyarrow  # and JAX, after the flags
 
+  pyarrow.enable_signal_handlers(False)  # its readers would raise on Ctrl-C
+  if _MODE.value == "inspect":
+    return _inspect(config, file)
   from recjax import distributed, jobs, mesh
   from recjax.training import same_run
 
-  pyarrow.enable_signal_handlers(False)  # its readers would raise on Ctrl-C
   job = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
   settings = {
     f"--config.{path}": same_run.as_json(value)
@@ -114,6 +121,52 @@ def main(_: list[str]) -> None:
     _fail(e)
 
 
+def _inspect(config: Config, file: str) -> None:
+  """Reports what a log holds, and writes or prints a config to start from."""
+  from recjax.data import describe_log, inspect_log
+
+  changed = config_flags.get_override_values(flags.FLAGS["config"])
+  given = file != _NO_CONFIG or "data.format" in changed
+  try:
+    output = _OUTPUT.value
+    with errors.of_the_system(f"inspecting {config.data.train}"):
+      found = inspect_log.inspect(config, given)
+      print(describe_log.report(found, config.embedding, config.schema))
+      made = describe_log.config_file(found, output or "")
+    if not output:
+      print(f"\n{made}\nto keep this config, say --output=mine.py")
+    else:
+      with errors.of_the_system(f"writing {output}"):
+        files.write(new_config(output), made)
+      print(f"{output} holds a config to start from")
+  except signals.Ended as e:
+    signals.say(str(e))
+    sys.exit(signals.code(e.signum))
+  except UserError as e:
+    _fail(e)
+
+
+def new_config(path: str) -> str:
+  """Returns the path of a config file that is not there yet.
+
+  Raises:
+    UserError: it is there; its folder is not; --config could not take it.
+  """
+  try:
+    _whole(path)
+  except UserError as e:
+    raise UserError(str(e).replace("--config", "--output", 1)) from None
+  folder = os.path.dirname(path) or "."
+  if os.path.lexists(path):
+    raise UserError(
+      f"--output: {path} is there already, and is never overwritten; name a "
+      "new file"
+    )
+  if not os.path.isdir(folder):
+    raise UserError(f"--output: there is no folder {folder}")
+  return path
+
+
 def _written() -> dict[str, Any]:
   """Returns what --output and --tables say, as a job takes it.
 
@@ -123,6 +176,8 @@ def _written() -> dict[str, Any]:
   mode = _MODE.value
   if _TABLES.value and mode != "export_rows":
     raise UserError("--tables: --mode=export_rows alone takes it; leave it out")
+  if mode == "inspect":
+    return {"output": new_config(_OUTPUT.value)} if _OUTPUT.value else {}
   if mode not in _WRITE_OUTPUT:
     if _OUTPUT.value:
       raise UserError(
@@ -180,6 +235,19 @@ def _whole(path: str) -> str:
       "config file; use a path without"
     )
   return path
+
+
+def _with_no_config(argv: list[str]) -> list[str]:
+  """Returns argv with a config of defaults, where inspecting needs none."""
+  pairs = itertools.pairwise([*argv, ""])
+  inspects = any(
+    re.fullmatch("--?mode=inspect", a)
+    or (re.fullmatch("--?mode", a) and b == "inspect")
+    for a, b in pairs
+  )
+  if not inspects or any(re.match("--?config(=|$)", a) for a in argv):
+    return argv
+  return [*argv[:1], f"--config={_NO_CONFIG}", *argv[1:]]
 
 
 def _with_own_configs(argv: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,49 @@ def test_an_unknown_name_is_an_error():
   pattern = f"no file 'quikstart'.*it has {re.escape(names)}$"
   with pytest.raises(UserError, match=pattern):
     cli.find_config("quikstart")
+
+
+# ---- --mode=inspect
+
+
+def run(at, *arguments):
+  done = subprocess.run(
+    [sys.executable, ROOT / "main.py", "--mode=inspect", *arguments],
+    cwd=at,
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_inspect_writes_a_config_once_and_needs_none(tmp_path):
+  log = "click,item,price\n" + "1,a,0.5\n0,b,2.25\n" * 40
+  (tmp_path / "log.csv").write_text(log)
+  train = "--config.data.train=log.csv"
+  code, out, err = run(tmp_path, train, "--output=mine.py")
+  assert (code, err) == (0, "")
+  assert "mine.py holds a config to start from" in out
+  made = (tmp_path / "mine.py").read_text()
+  assert 'labels=("click",)' in made
+  code, out, err = run(tmp_path, train, "--output=mine.py")
+  assert (code, out) == (1, "")
+  assert err.startswith("error: --output: mine.py is there already")
+  assert (tmp_path / "mine.py").read_text() == made
+  # Beside a config; what follows the report is the config proposed.
+  code, out, err = run(tmp_path, "--config", "mine.py")
+  assert (code, err) == (0, "")
+  rows = [line.split() for line in out.splitlines()]
+  assert ["proposed", "config"] in [row[-2:] for row in rows]
+  assert ["id", "id"] in [row[-2:] for row in rows if row[:1] == ["item"]]
+  assert made in out
+
+
+def test_a_new_config_has_a_folder_and_a_name_that_is_free(tmp_path):
+  missing = tmp_path / "no" / "mine.py"
+  with pytest.raises(UserError, match=r"^--output: there is no folder .*no$"):
+    cli.new_config(str(missing))
+  with pytest.raises(UserError, match=r"^--output: 'a:b\.py' has ':' in it"):
+    cli.new_config("a:b.py")
+  (tmp_path / "gone.py").symlink_to("nowhere")
+  with pytest.raises(UserError, match="is there already"):
+    cli.new_config(str(tmp_path / "gone.py"))

@@ -11,6 +11,7 @@ import sys
 import compile_targets
 import pytest
 from helpers_data import log
+from helpers_logs import behaviour
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,7 +39,7 @@ def commands() -> list[str]:
   return found
 
 
-QUICKSTART, TRAIN, EVALUATE, NEXT_DAY, EXPORT, COMPILE = [
+QUICKSTART, INSPECT, MINE, TRAIN, EVALUATE, NEXT_DAY, EXPORT, COMPILE = [
   c for c in commands() if c not in ELSEWHERE
 ]
 
@@ -89,6 +90,17 @@ def test_quickstart(checkout):
   expected = README.split("The last lines are\n\n```\n")[1].split("```")[0]
   for line in expected.splitlines():
     assert line.strip().removesuffix("...") in printed
+
+
+@pytest.mark.slow
+def test_a_log_without_a_config(checkout):
+  (checkout / "logs").mkdir()
+  made = behaviour(checkout, "parquet")
+  made.rename(checkout / "logs" / "day.parquet")
+  fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  printed = run(INSPECT, checkout, **fast)
+  assert "history of item_id" in printed and "holds a config" in printed
+  assert re.search(r"^ +auc 0\.\d+$", run(MINE, checkout, **fast), re.MULTILINE)
 
 
 @pytest.mark.slow

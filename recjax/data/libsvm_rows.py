@@ -41,7 +41,7 @@ def _check(path: str) -> None:
   """Raises UserError where none of the first lines is of this format."""
   first = [x.split(b"#")[0].split() for x in head(path).split(b"\n")[:20]]
   first = [tokens for tokens in first if tokens]
-  if first and not any(map(_plausible, first)):
+  if first and not any(map(plausible, first)):
     line = b" ".join(first[0]).decode("utf-8", "replace")
     raise UserError(
       f"{path}, line 1: {shown(line)} is not 'label index:value ...': set"
@@ -49,7 +49,7 @@ def _check(path: str) -> None:
     )
 
 
-def _plausible(tokens: list[bytes]) -> bool:
+def plausible(tokens: list[bytes]) -> bool:
   """Returns whether a line may be of this format."""
   return is_number(tokens[0].decode("latin-1")) and all(
     b":" in token for token in tokens[1:]
