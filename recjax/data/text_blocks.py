@@ -41,7 +41,8 @@ _BEGIN = {
   b"\xfe\xff": ("UTF-16 text", "write it as UTF-8"),
 }
 _TEXT_TOO = ("BZh", "ORC", "PAR1", "ARROW1")  # a text may begin so
-_CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
+# But for Hive's separators.
+_CONTROL = re.compile(rb"[\x00\x04-\x08\x0e-\x1a\x1c-\x1f]")
 _DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 
 

@@ -228,3 +228,9 @@ def test_few_rows_are_parsed_at_once(tmp_path, monkeypatch):
     found, at, _ = read(tmp_path, text)
     assert at == list(range(2, 12))
     assert [int(a) for a, _ in found] == list(range(10))
+
+
+def test_ids_parted_as_hive_does_are_text(tmp_path):
+  bags = ["\x02".join("1234"), "\x01".join("98"), "5\x036"] * 10
+  found, _, _ = read(tmp_path, "a,b\n" + "".join(f"x,{b}\n" for b in bags))
+  assert found == [("x", b) for b in bags]
