@@ -59,6 +59,11 @@ def in_brackets(c: Column) -> bool:
   )  # fmt: skip
 
 
+def holds(c: Column, text: str) -> bool:
+  """Returns whether all of the first values hold this text."""
+  return pc.all(pc.match_substring(c.values[:100], text)).as_py()
+
+
 def is_prose(c: Column) -> bool:
   """Returns whether a column holds sentences: several words, seldom twice."""
   values = c.values[:_VALUES]

@@ -1,5 +1,6 @@
 """Which columns of a log are its labels, by their names and values."""
 
+import re
 from collections.abc import Sequence
 
 from recjax.data.column_facts import Column, words
@@ -25,7 +26,8 @@ def find(columns: Sequence[Column]) -> tuple[str, ...]:
 
   In this order: columns of two values with the name of a label, all of them;
   ratings and shares of what was watched, compared with a number; the only
-  column of 0 and 1, or the first or last of all columns.
+  column of 0 and 1, or the first or last of all columns; 1 to 5 where no header
+  gives names.
   """
   fit = [
     c
@@ -47,7 +49,21 @@ def find(columns: Sequence[Column]) -> tuple[str, ...]:
     return (two[0].name,)
   ends = [c.name for c in (columns[0], columns[-1]) if c in two]
   late = [c.name for c in fit if _named(c) and is_binary(c)]
-  return (*ends, *late)[:1]
+  stars = [_rated(c) for c in whole if is_unnamed(c) and _is_stars(c)]
+  return (*ends, *late, *stars)[:1]
+
+
+def is_unnamed(c: Column) -> bool:
+  """Returns whether a column has a name that no header gave it: c1, c2."""
+  return bool(re.fullmatch(r"c\d+", c.name))
+
+
+def _is_stars(c: Column) -> bool:
+  """Returns whether a column holds 1 to 5, and may hold halves."""
+  x = c.numbers
+  if x is None or x.high != 5 or x.low not in (0.5, 1):
+    return False
+  return c.distinct == (5 if x.whole else 10)
 
 
 def is_binary(c: Column) -> bool:

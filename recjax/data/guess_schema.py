@@ -25,9 +25,11 @@ _NUMBER_WORDS |= {"sum", "avg", "mean", "rate", "ratio", "score", "freq", "ctr"}
 _NUMBER_WORDS |= {"frequency", "distance", "cost", "bid", "seconds", "days"}
 _NUMBER_WORDS |= {"minutes", "views", "clicks", "sales", "stock", "weight"}
 _NUMBER_WORDS |= {"height", "width", "affinity", "propensity", "likes", "votes"}
+_NUMBER_WORDS |= {"times", "useful", "helpful", "followers", "fans"}
 _NUMBER_WORDS |= {"dwell", "percent", "salary", "income", "discount", "vote"}
 # Of such a column each value stands for a row, of another for somebody.
 _ROW_WORDS = {"request", "req", "impression", "event", "session", "log", "row"}
+_ROW_WORDS |= {"review", "transaction", "order"}
 _ROW_WORDS |= {"uuid", "guid", "trace", "index", "record", "sample", "unnamed"}
 _TIME_WORDS = {"time", "timestamp", "ts", "date", "datetime", "hour", "day"}
 _TIME_WORDS |= {"created", "updated", "at", "utc", "dt"}
@@ -107,13 +109,15 @@ def _left_out(c: Column, labels: Sequence[str], bag: bool) -> str:
   if not c.cells:
     return "holds nothing"
   if is_time(c):
-    return "a time; what depends on it, such as the hour, is a column to add"
+    return "a time: add what depends on it, such as the hour"
   if c.distinct == 1 and not c.missing and c.lengths is None:
     return "the same in all rows"
   if guess_labels.leaks(c, labels):
     return "known only once the label is"
   if guess_bags.in_brackets(c):
     return "lists in brackets: write them as lists, or parted by '|'"
+  if guess_labels.is_unnamed(c) and guess_bags.holds(c, "::"):
+    return "fields parted by '::': write tabs there (sed 's/::/\\t/g')"
   if bag:
     return ""
   if guess_bags.is_prose(c):
@@ -139,12 +143,12 @@ def is_time(c: Column) -> bool:
   x, named = c.numbers, bool(words(c.name) & _TIME_WORDS)
   if named and (x.low >= 1e6 or (x.rising and c.distinct > c.cells // 2)):
     return True
-  # Seconds, or milliseconds, since 1970; of years from 2000 on.
+  # Seconds, milliseconds or so since 1970, of the years 1992 to 2065.
   since = any(
-    9e8 * unit < x.low and x.high < 3e9 * unit for unit in (1, 1e3, 1e6)
+    7e8 * unit < x.low and x.high < 3e9 * unit for unit in (1, 1e3, 1e6)
   )
   counted = words(c.name) & _ID_WORDS
-  return since and x.rising and c.distinct > 2 and not counted
+  return since and (x.rising or c.distinct > 20) and not counted
 
 
 def _differs(c: Column) -> bool:
@@ -194,8 +198,10 @@ def _is_number(c: Column) -> bool:
     return False
   if of & _NUMBER_WORDS:
     return True
-  # Counts: small ones are the most frequent.
-  return c.distinct > 100 and 0 <= x.median < 0.05 * x.high and x.low >= -1
+  # Counts: small ones are the most frequent. (So may ids be that were numbered
+  # by their frequency: names have to tell.)
+  count = c.distinct > 20 and 0 <= x.median < 0.05 * x.high
+  return count and -1 <= x.low <= 1 and not guess_labels.is_unnamed(c)
 
 
 def _number(c: Column) -> Number:
@@ -276,16 +282,16 @@ def _all_ones(c: Column) -> bool:
 def _with_histories(
   features: Sequence[Id | Ids], seen: dict[str, Column]
 ) -> tuple[Id | Ids, ...]:
-  """Makes histories of bags that share their ids with a feature of one."""
+  """Makes histories of what shares its ids with a feature of one."""
   single = [f for f in features if isinstance(f, Id)]
+  single = [f for f in single if not words(f.name) & _PAST] or single
   out = []
   for f in features:
-    if not isinstance(f, Ids):
-      out.append(f)
-      continue
-    of = [i for i in single if _past_of(f, i, seen)]
-    if of:
-      of.sort(key=lambda i: -_shared(seen[f.name], seen[i.name]))
+    of = [i for i in single if f not in single and _past_of(f, i, seen)]
+    of.sort(key=lambda i: -_shared(seen[f.name], seen[i.name]))
+    if of and isinstance(f, Id):  # a column for each of the last ones
+      f = dataclasses.replace(f, table=of[0].name)
+    elif of and isinstance(f, Ids):
       f = dataclasses.replace(
         f,
         most=max(1, min(seen[f.name].longest, _MOST_OF_HISTORY)),
@@ -307,7 +313,7 @@ def _apart(f: Id | Ids) -> Id | Ids:
   return dataclasses.replace(f, pooling="none")
 
 
-def _past_of(bag: Ids, single: Id, seen: dict[str, Column]) -> bool:
+def _past_of(bag: Id | Ids, single: Id, seen: dict[str, Column]) -> bool:
   """Returns whether a bag holds former values of a feature, by name or ids."""
   common = _shared(seen[bag.name], seen[single.name])
   if not common:
@@ -317,7 +323,7 @@ def _past_of(bag: Ids, single: Id, seen: dict[str, Column]) -> bool:
   past = bool(words(bag.name) & _PAST)
   numeric = seen[bag.name].numbers is not None
   # Small integers are shared by chance.
-  enough = 0.8 if numeric else 0.5
+  enough = 0.8 if numeric else 0.2
   return common > enough and (past or not numeric) and (
     not numeric or bool(words(single.name) & _ID_WORDS)
   )  # fmt: skip
@@ -358,5 +364,7 @@ def _in_order(c: Column) -> bool:
     return c.numbers.rising
   if c.codes is None:
     return False
+  if not pc.all(pc.match_substring_regex(c.values, r"^\d{4}-")).as_py():
+    return False  # an order of texts that is not that of times
   texts = pc.drop_null(c.codes.dictionary.take(c.codes.indices))
   return pc.all(pc.less_equal(texts[:-1], texts[1:])).as_py() is not False

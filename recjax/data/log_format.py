@@ -51,7 +51,8 @@ def find(path: str, text: Text) -> Found:
   cut = data.rpartition(b"\n")[0] or data
   lines = [x for x in cut.split(b"\n")[: 4 * _LOOKED_AT] if x.strip()]
   lines = lines[:_LOOKED_AT]
-  if any(map(_is_object, lines)):
+  # An array of objects, or one over many lines, is for the reader to refuse.
+  if any(map(_is_object, lines)) or re.match(rb"\s*(\[\s*)?\{\s*[\"\n]", cut):
     return Found("jsonl", text)
   if _is_libsvm(lines):
     return Found("libsvm", text)
@@ -106,6 +107,8 @@ def text_of(path: str, text: Text) -> Text:
   """
   if text.names:
     return text
+  if not text.separator and _by_spaces(path, text):
+    text = Text(" ", text.header, (), text.quote)
   if text.header:
     first, *rows = csv_layout.find(path, _without_header(text)).sample
     if _names_columns(first, rows):
@@ -118,6 +121,13 @@ def text_of(path: str, text: Text) -> Text:
     tuple(f"c{i + 1}" for i in range(len(first))),
     text.quote,
   )
+
+
+def _by_spaces(path: str, text: Text) -> bool:
+  """Returns whether the rows of a file are parted by spaces alone."""
+  rows = csv_layout.find(path, _without_header(text)).sample[:_LOOKED_AT]
+  fields = {len(row[0].split(" ")) for row in rows}
+  return all(len(r) == 1 for r in rows) and len(fields) == 1 < max(fields)
 
 
 def _without_header(text: Text) -> Text:
@@ -138,7 +148,7 @@ def _names_columns(first: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
     there = [cell for cell in column if cell]
     word = _NAME.fullmatch(name) and name.lower() not in _MISSING
     if word and not is_number(name) and there and all(map(is_number, there)):
-      return len(set(names)) == len(names)
+      return True
   if any(map(is_number, first)):
     return False
   return (

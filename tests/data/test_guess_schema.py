@@ -33,6 +33,9 @@ def test_labels_by_name_by_value_and_by_place():
   assert label(score=[1, 5, 10]) == ("score > 6",)
   assert label(click=["True", "False"]) == ("click",)
   assert label(a=["x", "y"], b=[3, 4]) == ()
+  # MovieLens' u.data has no header.
+  assert label(c1=[1, 2] * 5, c2=[1, 2, 3, 4, 5] * 2) == ("c2 > 3",)
+  assert label(a=[1, 2] * 5, b=[1, 2, 3, 4, 5] * 2) == ()
 
 
 def test_bags_and_what_is_none():
@@ -59,6 +62,8 @@ def test_a_history_is_found_by_its_ids():
   expected = Ids("seen", 5, keep="last", pooling="none", table="item_id")
   assert schema.features[1] == expected
   assert schema.features[2] == Ids("other", 1, pooling="mean")
+  schema = proposed(item_id=items, last_item=items[1:] + items[:1]).schema
+  assert schema.features[1] == Id("last_item", table="item_id")
 
 
 def test_numbers_get_a_transform_by_their_tail():
@@ -73,6 +78,31 @@ def test_numbers_get_a_transform_by_their_tail():
     Number("age", "standard", "mean"),
   )
   assert schema.features == (Id("shop"),)
+
+
+def test_times_and_what_is_of_a_row_are_no_inputs():
+  rng = np.random.default_rng(0)
+  left = proposed(
+    created=["2020-01-02 03:04:05", "2020-01-03 00:00:00"] * 20,
+    day=[20200102, 20200103] * 20,
+    c4=881_250_949 + rng.integers(0, 10**7, 40),  # in no order
+    c5=["1::2::3", "2::3::4"] * 20,
+    hex=[f"{x:032x}" for x in range(40)],
+    user=[f"u{x}" for x in range(40)],  # each once, but somebody
+    session_id=[f"s{x}" for x in range(40)],
+  )
+  assert list(left.left_out) == ["created", "day", "c4", "c5", "hex"]
+  assert "sed" in left.left_out["c5"]
+  assert left.schema.features == (Id("user"),)
+  assert left.schema.keep == ("session_id",)
+
+
+def test_a_log_that_is_sorted_by_user_is_split_at_random():
+  split = lambda **columns: proposed(**columns).split[0]
+  user, up = [1, 1, 2, 2, 3] * 8, list(range(40))
+  assert split(user=user, ts=[1e9 + x for x in up]) == "time"
+  assert split(user=sorted(user), ts=[1e9 - x for x in up]) == "random"
+  assert split(user=user, item=up[::-1]) == "time"
 
 
 _names = st.text(

@@ -168,10 +168,13 @@ def test_headers_are_told_from_rows(tmp_path):
   assert text("a,b\n1,2\n3,4\n").header
   assert text("a,7\n1,2\n3,4\n").header  # Ali-CCP's fields are numbers
   assert text("user,city\nanna,Rome\nbert,Oslo\n").header
+  assert text("a,NA\n1,2\n").header
   for body in ("1,2\n3,4\n", "1,x\n3,y\n", "x,y\nz,y\n", "NA,1\n2,3\n"):
     found = text(body)
     assert (found.header, found.names) == (False, ("c1", "c2")), body
   assert text("a;b\n1,5;2\n").names == ()
+  assert text("10 7\n10 8\n").separator == " "
+  assert text("10 7\n10 8 9\n").separator == ""
   told = Config().data.text
   told.header = False
   assert text("a,b\nc,d\n", format="csv", text=told).names == ("c1", "c2")
@@ -191,6 +194,9 @@ def _file(folder, body: str | bytes, name="log") -> pathlib.Path:
     (b"\0\1\2\3" * 100, "binary, not text"),
     (b"# A title\n\nSome words, and\nmore, of, them\n" * 9, "rows cannot be"),
     (b"click\n", "holds no row"),
+    (b"click,a,a\n1,2,3\n", "has the column 'a' 2 times"),
+    (b'[{"click": 1},\n {"click": 0}]', "write an object a line"),
+    (b'{\n  "click": 1\n}\n', "write an object a line"),
     (b"", "is empty"),
   ],
 )
