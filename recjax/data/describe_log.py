@@ -81,6 +81,7 @@ def role(schema: Schema, name: str) -> str:
     if log_schema.label_of(label)[0] == name
   ]
   out += ["weight"] * (schema.weight == name != "")
+  out += ["time"] * (schema.time == name != "")
   out += ["keep"] * (name in schema.keep)
   for x in schema.numbers:
     if x.name == name:
@@ -290,6 +291,8 @@ def _schema(found: Inspection) -> Iterator[str]:
       yield "  ),"
   if schema.weight:
     yield f"  weight={_value(schema.weight)},"
+  if schema.time:
+    yield f"  time={_value(schema.time)},"
   if schema.keep:
     yield f"  keep={_value(schema.keep)},"
   yield ")"

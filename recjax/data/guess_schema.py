@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recjax.data import guess_bags, guess_labels
+from recjax.data import cells, guess_bags, guess_labels
 from recjax.data.column_facts import Column, as_bag, plain, typed, words
 from recjax.log_schema import Id, Ids, Number, Schema
 
@@ -62,9 +62,9 @@ def propose(columns: Sequence[Column]) -> Proposal:
   compared = {x.rpartition(" > ")[0] or x for x in labels}
   seen: dict[str, Column] = {c.name: c for c in columns}
   numbers, features, keep, left_out = [], [], [], {}
-  weight = ""
+  weight, time = "", _time(columns)
   for c in columns:
-    if c.name in compared:
+    if c.name in compared or c.name == time:
       continue
     bag = _bag(c)
     why = _left_out(c, labels, bag is not None)
@@ -86,9 +86,9 @@ def propose(columns: Sequence[Column]) -> Proposal:
   if len(features) == 1 and not numbers:
     features = (_apart(features[0]),)
   schema = Schema(
-    labels, tuple(numbers), features, weight=weight, keep=tuple(keep)
+    labels, tuple(numbers), features, weight, time, keep=tuple(keep)
   )
-  return Proposal(schema, seen, left_out | left, _split(columns))
+  return Proposal(schema, seen, left_out | left, _split(columns, time))
 
 
 # ---- What is no input
@@ -345,8 +345,24 @@ def _shared(bag: Column, single: Column) -> float:
 # ---- The split
 
 
-def _split(columns: Sequence[Column]) -> tuple[str, str]:
+def _time(columns: Sequence[Column]) -> str:
+  """Returns the column by whose times samples train or test; '' if none.
+
+  Where most rows have the same time nothing would be before it.
+  """
+  fit = [
+    c
+    for c in columns
+    if c.name and is_time(c) and not c.missing and c.distinct >= _FEW_ROWS
+    and not cells.times(c.name, c.values)[1]
+  ]  # fmt: skip
+  return max(fit, key=lambda c: c.distinct).name if fit else ""
+
+
+def _split(columns: Sequence[Column], time: str) -> tuple[str, str]:
   """Returns which part of the log tests, and why."""
+  if time:
+    return "time", f"the last of {time!r} test"
   for c in columns:
     if is_time(c) and _in_order(c):
       return "time", f"rows are in the order of {c.name!r}"

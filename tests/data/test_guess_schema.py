@@ -91,17 +91,29 @@ def test_times_and_what_is_of_a_row_are_no_inputs():
     user=[f"u{x}" for x in range(40)],  # each once, but somebody
     session_id=[f"s{x}" for x in range(40)],
   )
-  assert list(left.left_out) == ["created", "day", "c4", "c5", "hex"]
+  assert list(left.left_out) == ["created", "day", "c5", "hex"]
+  assert left.schema.time == "c4"
   assert "sed" in left.left_out["c5"]
   assert left.schema.features == (Id("user"),)
   assert left.schema.keep == ("session_id",)
 
 
+def test_the_finest_time_that_can_be_read_splits():
+  time = lambda **columns: proposed(**columns).schema.time
+  days = [f"2020-01-{x % 28 + 1:02}" for x in range(40)]
+  seconds = [1e9 - x for x in range(40)]
+  assert time(date=days, ts=seconds) == "ts"
+  assert time(date=days) == "date"
+  assert time(date=days[:5] * 8) == ""  # most would have the last one
+  assert time(date=[f"{x} +09:00" for x in days]) == ""
+  assert time(ts=[None, *seconds[1:]]) == ""
+
+
 def test_a_log_that_is_sorted_by_user_is_split_at_random():
   split = lambda **columns: proposed(**columns).split[0]
   user, up = [1, 1, 2, 2, 3] * 8, list(range(40))
-  assert split(user=user, ts=[1e9 + x for x in up]) == "time"
-  assert split(user=sorted(user), ts=[1e9 - x for x in up]) == "random"
+  assert split(user=sorted(user)) == "random"
+  assert split(user=sorted(user), ts=[1e9 - x for x in up]) == "time"
   assert split(user=user, item=up[::-1]) == "time"
 
 

@@ -36,7 +36,7 @@ BEHAVIOUR = {
   "price": "number, log1p",
   "sample_weight": "weight",
   "platform": "left out",
-  "ts": "left out",
+  "ts": "time",
   "title": "left out",
 }
 # What a person would propose, of the columns that tell.
@@ -48,7 +48,7 @@ LOGS = {
     dict.fromkeys(["C1", "banner_pos", "site_id", "app_category"], "id")
     | dict.fromkeys(["device_ip", "device_type", "C14", "C15", "C17"], "id")
     | dict.fromkeys(["C20", "C21"], "id")
-    | {"id": "keep", "hour": "left out"},
+    | {"id": "keep", "hour": "time"},
   ),
   "open bandit": (
     helpers_logs.open_bandit,
@@ -71,7 +71,7 @@ LOGS = {
     {
       "user_id:token": "id",
       "item_id:token": "id",
-      "timestamp:float": "left out",
+      "timestamp:float": "time",
       "genre:token_seq": "bag",
     },
   ),
@@ -104,7 +104,7 @@ LOGS = {
     helpers_logs.movielens_csv,
     "csv",
     ("rating > 3",),
-    {"userId": "id", "movieId": "id", "timestamp": "left out"},
+    {"userId": "id", "movieId": "id", "timestamp": "time"},
   ),
   "amazon": (
     helpers_logs.amazon,
@@ -115,7 +115,7 @@ LOGS = {
       "asin": "id",
       "reviewText": "left out",
       "verified": "id",
-      "unixReviewTime": "left out",
+      "unixReviewTime": "time",
       "reviewTime": "left out",
     },
   ),
@@ -129,7 +129,7 @@ LOGS = {
       "play_duration": "left out",
       "time": "left out",
       "date": "left out",
-      "timestamp": "left out",
+      "timestamp": "time",
     },
   ),
 }
