@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import compile_targets
+import pyarrow.parquet as pq
 import pytest
 from helpers_data import log
 from helpers_logs import behaviour
@@ -39,9 +40,12 @@ def commands() -> list[str]:
   return found
 
 
-QUICKSTART, INSPECT, MINE, TRAIN, EVALUATE, NEXT_DAY, EXPORT, COMPILE = [
+QUICKSTART, INSPECT, MINE, PREDICT, *OTHERS, COMPILE = [
   c for c in commands() if c not in ELSEWHERE
 ]
+
+
+TRAIN, EVALUATE, NEXT_DAY, EXPORT = OTHERS
 
 
 @pytest.fixture
@@ -97,10 +101,17 @@ def test_a_log_without_a_config(checkout):
   (checkout / "logs").mkdir()
   made = behaviour(checkout, "parquet")
   made.rename(checkout / "logs" / "day.parquet")
+  (checkout / "new").mkdir()
+  new = pq.read_table(checkout / "logs" / "day.parquet").slice(0, 100)
+  label = next(x for x in new.column_names if "click" in x)
+  pq.write_table(new.drop_columns([label]), checkout / "new" / "a.parquet")
   fast = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   printed = run(INSPECT, checkout, **fast)
   assert "history of item_id" in printed and "holds a config" in printed
   assert re.search(r"^ +auc 0\.\d+$", run(MINE, checkout, **fast), re.MULTILINE)
+  run(PREDICT, checkout, **fast)
+  found = pq.read_table(checkout / "predictions.parquet")
+  assert len(found) == 100 and "probability" in found.column_names
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from recjax.errors import UserError
 
 _MISSING = pa.array(["", "nan", "NaN", "null", "NULL", "\\N"])
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+_FRACTION_AND_UTC = r"(\.\d+)?\s?(Z|UTC|[+-]00:?00)?$"  # of a time
 _JOINT = "\x1f"  # ASCII's unit separator, between the ids of a cross
 _MOST = float(np.finfo(np.float32).max)
 
@@ -322,7 +323,7 @@ def times(name: str, cells: pa.Array) -> tuple[np.ndarray, tuple[Fault, ...]]:
     bad |= np.isnan(found)
     if bad.all() and _is_text(kind):
       text = pc.replace_substring(cells.cast(pa.string()), "T", " ")
-      text = pc.replace_substring_regex(text, r"(\.\d+)?Z?$", "")
+      text = pc.replace_substring_regex(text, _FRACTION_AND_UTC, "")
       text = pc.replace_substring_regex(text, r"^([\d-]{10})$", r"\1 00:00:00")
       read = pc.strptime(text, "%Y-%m-%d %H:%M:%S", "s", error_is_null=True)
       bad = read.is_null().to_numpy(zero_copy_only=False)
