@@ -15,22 +15,20 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import duckdb
-import numpy as np
-import pyarrow as pa
 
-from recjax import config_check, files, log_schema
+from recjax import config_check, files
 from recjax.config import Config, Data
 from recjax.data import (
   blocks,
   fit_numbers,
   log_files,
   made_from,
-  numbers,
   old_vocabulary,
+  passes,
   prepared,
   staging,
   synthetic,
@@ -38,17 +36,24 @@ from recjax.data import (
 )
 from recjax.data.ahead import ahead
 from recjax.data.columns import Columns
-from recjax.data.log import Log
 from recjax.data.made_from import MadeFrom
 from recjax.data.numbers import Fitted
 from recjax.data.old_vocabulary import Before
+from recjax.data.passes import Chunks
 from recjax.data.prepared import Prepared
-from recjax.data.split import Split, time_cut
 from recjax.data.staging import Reader, Staged
 from recjax.errors import UserError
-from recjax.progress import Progress
 
 Report = Callable[[str], None]
+
+
+class Found(NamedTuple):
+  """What preparing has found, besides the files."""
+
+  samples: dict[str, int]  # of 'train' and 'test'
+  numbers: tuple[Fitted, ...]
+  fingerprint: str  # of the vocabulary
+  counted: int  # samples that its counts are of
 
 
 def prepare(
@@ -97,10 +102,7 @@ def prepare(
   except (OSError, duckdb.Error, RuntimeError) as e:
     if not _disk_full(e):
       if isinstance(e, duckdb.OutOfMemoryException):
-        raise UserError(
-          f"data.memory_mb={config.data.memory_mb} is too little to prepare"
-          f" these logs ({e}): raise it"
-        ) from e
+        raise vocabulary.too_little(config.data.memory_mb, e) from e
       raise
     free = shutil.disk_usage(os.path.dirname(directory) or ".").free >> 20
     raise UserError(
@@ -163,24 +165,53 @@ def _run(
   Raises:
     UserError: damaged logs, or too few samples.
   """
-  staged = _stage(data, reader, of.settings, directory, report)
-  chunks = _Chunks(directory, staged, data, reader, report)
-  spill = os.path.join(chunks.folder, "spill")
-  with vocabulary.open_engine(data.memory_mb, spill) as engine:
-    fingerprint, counted = _count(engine, chunks, of)
-    samples = _pack(engine, chunks, data.block_samples)
-  _remove(spill)
+  found = _passes(data, reader, of, directory, report)
   prepared.save(
     directory,
-    chunks.schema,
-    samples,
-    numbers=chunks.numbers,
-    fingerprint=fingerprint,
-    counted=counted,
+    reader.schema(data),
+    found.samples,
+    numbers=found.numbers,
+    fingerprint=found.fingerprint,
+    counted=found.counted,
     settings=of.settings,
     logs=of.logs,
     teacher=_read_json(os.path.join(directory, "logs", "teacher.json")),
   )
+
+
+def _passes(
+  data: Data,
+  reader: Reader,
+  of: MadeFrom,
+  directory: str,
+  report: Report,
+) -> Found:
+  """Runs the passes in this process."""
+  staged = _stage(data, reader, of.settings, directory, report)
+  folder = os.path.join(directory, staging.FOLDER)
+  sizes = staged.sizes
+  times = lambda: (staging.times(folder, i) for i in range(len(sizes)))
+  split = passes.split_of(data, reader, staged.train_rows, staged.rows, times)
+  chunks = Chunks(folder, sizes, split, data, reader, report=report)
+  spill = os.path.join(folder, "spill")
+  with vocabulary.open_engine(data.memory_mb, spill) as engine:
+    fingerprint, counted = _count(engine, chunks, of, directory)
+    samples = _pack(engine, chunks, directory, data.block_samples)
+  _remove(spill)
+  return Found(samples, chunks.numbers, fingerprint, counted)
+
+
+def _with_logs(
+  data: Data, reader: Reader, directory: str, report: Report
+) -> Data:
+  """Writes synthetic logs; returns the config that names them."""
+  if data.format != "synthetic" or isinstance(reader, Columns):
+    return data
+  logs = os.path.join(directory, "logs")
+  if not os.path.exists(os.path.join(logs, "teacher.json")):
+    synthetic.write(data, logs, report)
+  written = os.path.join(log_files.escape(logs), "*.tsv")
+  return dataclasses.replace(data, train=written)
 
 
 def _stage(
@@ -202,121 +233,18 @@ def _stage(
     return Staged(**found["staged"])
   _remove(directory)
   os.makedirs(folder)
-  if data.format == "synthetic" and not isinstance(reader, Columns):
-    logs = os.path.join(directory, "logs")
-    synthetic.write(data, logs, report)
-    written = os.path.join(log_files.escape(logs), "*.tsv")
-    data = dataclasses.replace(data, train=written)
+  data = _with_logs(data, reader, directory, report)
   staged = staging.write(data, reader, directory, report)
   content = {"settings": key, "staged": dataclasses.asdict(staged)}
   files.write(done, json.dumps(content))
   return staged
 
 
-class _Chunks:
-  """The staged chunks, as each of the later passes reads them."""
-
-  def __init__(
-    self,
-    directory: str,
-    staged: Staged,
-    data: Data,
-    reader: Reader,
-    report: Report,
-  ):
-    """Raises UserError where training or testing would have no sample."""
-    self.directory, self.staged, self.report = directory, staged, report
-    self.schema = schema = reader.schema(data)
-    log = reader.columns if isinstance(reader, Log) else log_schema.Schema()
-    self.min_counts = dict.fromkeys(schema.tables, data.min_count)
-    self.min_counts |= log_schema.min_counts(log, data.min_count)
-    self.log_numbers = log.numbers
-    self.numbers: tuple[Fitted, ...] = ()  # `fit` sets them
-    self.folder = os.path.join(directory, staging.FOLDER)
-    self.vocabulary = os.path.join(directory, vocabulary.FILE)
-    tables = schema.tables
-    self.table_of = np.array(
-      [tables.index(f.table) for f in schema.features], np.int16
-    )
-    self.split = Split(data, staged.train_rows, staged.rows)
-    if log.time and not data.test and data.split == "time":
-      parts = range(len(staged.sizes))
-      times = lambda: (staging.times(self.folder, i) for i in parts)
-      cut = time_cut(times, self.split.train) if self.split.train else None
-      self.split = dataclasses.replace(self.split, cut=cut)
-    if not 0 < self.split.train < self.split.total:
-      raise UserError(
-        f"the logs hold {self.split.total:,} samples, of which"
-        f" {self.split.train:,} would train and the rest test: both need at"
-        " least one"
-      )
-
-  def fit(self) -> None:
-    """Fits the normalisers of the log's numbers to the training split.
-
-    Unless they are those of another run, which this one goes on from.
-    """
-    if self.numbers or not self.log_numbers:
-      return
-    self.numbers = fit_numbers.fit(
-      self.log_numbers,
-      (
-        fit_numbers.sums(
-          self.log_numbers,
-          arrays["dense"],
-          row,
-          self._trains(row, arrays),
-          self.split.train,
-        )
-        for row, arrays, _ in self._read("fit")
-      ),
-    )
-
-  def counts(self) -> Iterator[tuple[np.ndarray, pa.Array, np.ndarray]]:
-    """Yields (table, value, count in the training split) of each chunk."""
-    for row, arrays, values in self._read("count"):
-      codes = arrays["codes"]
-      train = codes[self._trains(row, arrays)]
-      n = np.bincount(train[train >= 0], minlength=len(values))
-      yield self.table_of[arrays["feature"]], values, n
-
-  def values(self) -> Iterator[tuple[np.ndarray, pa.Array]]:
-    """Yields (table, value) of each chunk."""
-    for i in range(len(self.staged.sizes)):
-      feature = staging.features(self.folder, i)
-      values = staging.values(self.folder, i)
-      feature, values = numbers.with_buckets(self.numbers, feature, values)
-      yield self.table_of[feature], values
-
-  def samples(
-    self, ranks: Iterator[np.ndarray]
-  ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """Yields (split, arrays of samples), given the ranks of `values`."""
-    wanted = blocks.features(self.schema)
-    for row, arrays, _ in self._read("pack"):
-      rank = np.append(next(ranks), np.int32(-1))  # which the code -1 finds
-      arrays["ids"] = rank[arrays.pop("codes")]
-      if self.numbers:
-        arrays["dense"] = numbers.normalised(self.numbers, arrays["dense"])
-      train = self._trains(row, arrays)
-      for name, mask in (("train", train), ("test", ~train)):
-        if mask.any():
-          yield name, {a: arrays[a][mask] for a in wanted}
-
-  def _trains(self, row: int, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """Says of each sample of a chunk if it trains."""
-    return self.split.mask(row, len(arrays["label"]), arrays.get("time"))
-
-  def _read(
-    self, name: str
-  ) -> Iterator[tuple[int, dict[str, np.ndarray], pa.Array]]:
-    progress = Progress(f"prepare: {name}", self.report, self.staged.rows)
-    for row, arrays, values in staging.read(self.folder, self.staged, progress):
-      yield row, *numbers.bucketed(self.numbers, arrays, values)
-
-
 def _count(
-  engine: duckdb.DuckDBPyConnection, chunks: _Chunks, of: MadeFrom
+  engine: duckdb.DuckDBPyConnection,
+  chunks: Chunks,
+  of: MadeFrom,
+  directory: str,
 ) -> tuple[str, int]:
   """Fits the normalisers and writes the vocabulary, where that is not done.
 
@@ -327,14 +255,15 @@ def _count(
   found = _read_json(done)
   if found is None or "numbers" not in found:
     chunks.numbers = old_vocabulary.numbers_of(of.before, of.settings)
-    chunks.fit()
+    if chunks.log_numbers and not chunks.numbers:
+      chunks.numbers = fit_numbers.fit(chunks.log_numbers, chunks.sums())
     tables = chunks.schema.tables
     fingerprint, share = old_vocabulary.count(
       engine,
       chunks.counts(),
       tables,
       [chunks.min_counts[t] for t in tables],
-      chunks.vocabulary,
+      os.path.join(directory, vocabulary.FILE),
       before=of.before,
       settings=of.settings,
     )
@@ -349,14 +278,16 @@ def _count(
 
 
 def _pack(
-  engine: duckdb.DuckDBPyConnection, chunks: _Chunks, block_samples: int
+  engine: duckdb.DuckDBPyConnection,
+  chunks: Chunks,
+  directory: str,
+  block_samples: int,
 ) -> dict[str, int]:
   """Writes the blocks; returns the samples of each split."""
-  target = os.path.join(chunks.directory, prepared.BLOCKS)
+  target = os.path.join(directory, prepared.BLOCKS)
   _remove(target)
-  ranks = vocabulary.ranks(
-    engine, chunks.values, chunks.schema.tables, chunks.vocabulary
-  )
+  path = os.path.join(directory, vocabulary.FILE)
+  ranks = vocabulary.ranks(engine, chunks.values, chunks.schema.tables, path)
   samples = chunks.samples(ranks)
   return blocks.write(ahead(samples), chunks.schema, block_samples, target)
 

@@ -28,6 +28,7 @@ from recjax.data.chunks import Chunk
 from recjax.data.columns import Columns
 from recjax.data.log import Format, Log
 from recjax.progress import Progress
+from recjax.schema import Schema
 
 FOLDER = "stage"  # of the data set that is being prepared
 
@@ -111,13 +112,36 @@ def write(
   for field, paths in reader.sources(data).items():
     progress = Progress("prepare: stage", report)
     for chunk in ahead(reader.chunks(data, schema, paths, damaged)):
-      _write_chunk(os.path.join(directory, FOLDER), len(sizes), chunk)
+      write_chunk(os.path.join(directory, FOLDER), len(sizes), chunk)
       sizes.append((len(chunk.label), len(chunk.values)))
       rows += len(chunk.label)
       cut += chunk.cut
       progress.add(len(chunk.label), chunk.read)
     if field == "data.train":
       train_rows = rows
+  tell(schema, directory, rows, cut, damaged, report=report)
+  return Staged(rows, train_rows if data.test else None, sizes)
+
+
+def tell(
+  schema: Schema,
+  directory: str,
+  rows: int,
+  cut: np.ndarray,
+  damaged: text.DamagedLines,
+  *,
+  report: Callable[[str], None],
+) -> None:
+  """Says what of the logs was left out.
+
+  Args:
+    schema: of the samples.
+    directory: of the data set, for skipped.tsv.
+    rows: samples of all logs.
+    cut: [F], bags that had more ids than their hotness.
+    damaged: lines, which are listed in a file.
+    report: takes lines.
+  """
   for f, bags in zip(schema.features, cut.tolist(), strict=True):
     if bags:
       report(
@@ -129,10 +153,9 @@ def write(
     report(
       f"prepare: skipped {len(damaged.lines):,} damaged lines, see skipped.tsv"
     )
-  return Staged(rows, train_rows if data.test else None, sizes)
 
 
-def _write_chunk(stage: str, i: int, chunk: Chunk) -> None:
+def write_chunk(stage: str, i: int, chunk: Chunk) -> None:
   """Writes chunk i."""
   fields = {f.name: getattr(chunk, f.name) for f in dataclasses.fields(chunk)}
   arrays = {k: x for k, x in fields.items() if isinstance(x, np.ndarray)}
@@ -152,20 +175,20 @@ def _path(stage: str, i: int, kind: str) -> str:
 
 
 def read(
-  stage: str, staged: Staged, progress: Progress
+  stage: str, sizes: list[tuple[int, int]], progress: Progress
 ) -> Iterator[tuple[int, dict[str, np.ndarray], pa.Array]]:
   """Reads the staged chunks.
 
   Args:
     stage: their folder.
-    staged: what is there.
+    sizes: samples and distinct values of each.
     progress: counts the samples.
 
   Yields:
     (number of the first sample, arrays of a Chunk, its values).
   """
   row = 0
-  for i, (rows, _) in enumerate(staged.sizes):
+  for i, (rows, _) in enumerate(sizes):
     with np.load(_path(stage, i, "npz")) as file:
       arrays = dict(file)
     yield row, arrays, values(stage, i)

@@ -17,7 +17,6 @@ or 'missing'), value (null in special rows), count and rank, and the tables'
 order in its metadata. It is the frequency profile as well.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -28,11 +27,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recjax import files
+from recjax.data.vocabulary_content import Content, of_one_size
 from recjax.errors import UserError
 from recjax.frequency import Profile
 
 FILE = "vocabulary.parquet"
-_KINDS = ("oov", "missing", "value")  # in this order at equal counts
+KINDS = ("oov", "missing", "value")  # in this order at equal counts
+COUNTS = pa.schema(
+  [("tbl", pa.int16()), ("value", pa.string()), ("n", pa.int64())]
+)
+ROWS = COUNTS.insert(1, pa.field("kind", pa.int8()))
+SCHEMA = pa.schema(
+  [
+    ("table", pa.string()),
+    ("kind", pa.string()),
+    ("value", pa.string()),
+    ("count", pa.int64()),
+    ("rank", pa.int32()),
+  ]
+)
+LOOKED_UP = ("table", "kind", "value", "rank")  # columns, see `ranks`
 _BATCH = 1 << 18  # rows
 _TABLES = b"tables"  # key of the file's metadata
 
@@ -55,6 +69,14 @@ def open_engine(memory_mb: int, spill: str) -> duckdb.DuckDBPyConnection:
   engine.execute("SET enable_progress_bar = false")  # as progress.py reports
   engine.execute("SET enable_external_access = false")
   return engine
+
+
+def too_little(memory_mb: int, e: Exception) -> UserError:
+  """Returns the error that says that the engine has not enough memory."""
+  return UserError(
+    f"data.memory_mb={memory_mb} is too little to prepare these logs ({e}):"
+    " raise it"
+  )
 
 
 def count(
@@ -83,19 +105,9 @@ def count(
   Raises:
     UserError: more rows than int32 can count.
   """
-  columns = pa.schema(
-    [("tbl", pa.int16()), ("value", pa.string()), ("n", pa.int64())]
-  )
-  batches = (
-    pa.record_batch(list(part), schema=columns).filter(pa.array(part[2] > 0))
-    for part in parts
-  )
+  seen = ((n > 0, table, value, n) for table, value, n in parts)
+  add_up(engine, ((t[x], v.filter(pa.array(x)), n[x]) for x, t, v, n in seen))
   least = list(min_counts)
-  engine.register("parts", pa.RecordBatchReader.from_batches(columns, batches))
-  engine.execute(
-    "CREATE TABLE counts AS SELECT tbl, value, sum(n)::BIGINT AS n"
-    " FROM parts GROUP BY ALL"
-  )
   more = [0] * len(tables) if oov is None else oov.tolist()
   engine.execute(
     "CREATE TABLE special AS SELECT t.tbl, kind, coalesce(sum(n) FILTER"
@@ -122,6 +134,44 @@ def count(
   return fingerprint
 
 
+def add_up(
+  engine: duckdb.DuckDBPyConnection,
+  parts: Iterable[tuple[np.ndarray, pa.Array, np.ndarray]],
+) -> None:
+  """Makes the table `counts` of (tbl, value, n) of such parts; see `count`."""
+  batches = (pa.record_batch(list(part), schema=COUNTS) for part in parts)
+  engine.register("parts", pa.RecordBatchReader.from_batches(COUNTS, batches))
+  engine.execute(
+    "CREATE TABLE counts AS SELECT tbl, value, sum(n)::BIGINT AS n"
+    " FROM parts GROUP BY ALL"
+  )
+
+
+def write(
+  engine: duckdb.DuckDBPyConnection,
+  rows: Iterable[pa.RecordBatch],
+  tables: tuple[str, ...],
+  path: str,
+) -> str:
+  """Writes the vocabulary of the rows of all tables, atomically.
+
+  Args:
+    engine: see `open_engine`.
+    rows: (tbl, kind: an index of KINDS, value, n), in any order.
+    tables: their names.
+    path: of the file.
+
+  Returns:
+    The fingerprint; see `count`.
+
+  Raises:
+    UserError: more rows than int32 can count.
+  """
+  engine.register("rows", pa.RecordBatchReader.from_batches(ROWS, rows))
+  ordered = engine.sql("FROM rows ORDER BY n DESC, tbl, kind, value")
+  return _write(ordered.to_arrow_reader(_BATCH), tables, path)
+
+
 def _write(
   batches: Iterable[pa.RecordBatch], tables: tuple[str, ...], path: str
 ) -> str:
@@ -133,23 +183,14 @@ def _write(
   Raises:
     UserError: more rows than int32 can count.
   """
-  schema = pa.schema(
-    [
-      ("table", pa.string()),
-      ("kind", pa.string()),
-      ("value", pa.string()),
-      ("count", pa.int64()),
-      ("rank", pa.int32()),
-    ],
-    {_TABLES: json.dumps(tables)},
-  )
-  names, kinds = pa.array(tables), pa.array(_KINDS)
-  content = _Content()
+  schema = SCHEMA.with_metadata({_TABLES: json.dumps(tables)})
+  names, kinds = pa.array(tables), pa.array(KINDS)
+  content = Content()
   with (
     files.replacing(path) as part,
     pq.ParquetWriter(part, schema, compression="zstd") as writer,
   ):
-    for batch in batches:
+    for batch in of_one_size(batches, _BATCH):
       tbl, kind, value, n = (batch[c] for c in ("tbl", "kind", "value", "n"))
       rank = content.rows
       if rank + len(batch) > np.iinfo(np.int32).max:
@@ -164,40 +205,6 @@ def _write(
         )
       )
   return content.fingerprint(tables)
-
-
-class _Content:
-  """Hashes what a vocabulary says, row by row, whatever the batches."""
-
-  def __init__(self):
-    self.rows = 0
-    self._digests = [hashlib.sha256() for _ in range(5)]
-
-  def add(
-    self, tbl: np.ndarray, kind: np.ndarray, value: pa.Array, n: np.ndarray
-  ) -> None:
-    """Adds rows: numbers of table and kind, value, count."""
-    text = pc.fill_null(value, "")
-    for digest, column in zip(
-      self._digests,
-      (
-        tbl.astype(np.int16),
-        kind.astype(np.int8),
-        pc.binary_length(text).to_numpy().astype(np.int32),
-        pc.binary_join(pa.array([text.to_pylist()]), "")[0].as_buffer(),
-        n.astype(np.int64),
-      ),
-      strict=True,
-    ):
-      digest.update(column)
-    self.rows += len(tbl)
-
-  def fingerprint(self, tables: tuple[str, ...]) -> str:
-    """Returns the hash of all rows."""
-    head = json.dumps([list(tables), self.rows]).encode()
-    return hashlib.sha256(
-      head + b"".join(d.digest() for d in self._digests)
-    ).hexdigest()
 
 
 def tables_of(path: str) -> tuple[str, ...] | None:
@@ -215,7 +222,7 @@ def fingerprint_of(path: str, tables: tuple[str, ...]) -> str:
   Raises:
     ValueError: it is not a vocabulary of these tables.
   """
-  content, names, kinds = _Content(), pa.array(tables), pa.array(_KINDS)
+  content, names, kinds = Content(), pa.array(tables), pa.array(KINDS)
   for batch in pq.ParquetFile(path).iter_batches(
     _BATCH, columns=["table", "kind", "value", "count"]
   ):
@@ -240,7 +247,7 @@ def ranks(
     engine: see `open_engine`.
     parts: gives, each time the same, (table [V] int16, value [V] strings).
     tables: their names.
-    path: of the vocabulary.
+    path: of the vocabulary; LOOKED_UP of any rows of it will do, too.
 
   Yields:
     [V] int32, for each part.
@@ -280,7 +287,7 @@ def _load(
     [2, T] int32, ranks of the tables' 'oov' and 'missing' rows.
   """
   stored = pq.ParquetFile(path)
-  columns = ["table", "kind", "value", "rank"]
+  columns = list(LOOKED_UP)
   rows = pa.RecordBatchReader.from_batches(
     pa.schema([stored.schema_arrow.field(c) for c in columns]),
     stored.iter_batches(columns=columns),
@@ -295,7 +302,7 @@ def _load(
   for tbl, kind, rank in engine.execute(
     "SELECT tbl, kind, rank FROM vocabulary WHERE kind <> 'value'"
   ).fetchall():
-    special[_KINDS.index(kind), tbl] = rank
+    special[KINDS.index(kind), tbl] = rank
   return special
 
 
