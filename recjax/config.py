@@ -79,6 +79,11 @@ class Data:
   route: str = choice("auto", "host", "device")
   # For counting and remapping, in MiB; the rest spills to disk.
   memory_mb: int = number(4_096, at_least=128)
+  # What prepares: this machine, or Apache Beam (docs/clusters.md), whose
+  # workers take memory_mb each.
+  engine: str = choice("duckdb", "beam")
+  # Of Beam's pipeline: ("--runner=FlinkRunner", ...); () = one local worker.
+  beam_options: tuple[str, ...] = ()
   synthetic: Synthetic = tree(Synthetic)
 
 

@@ -17,5 +17,18 @@ if [ "$(uname -sm)" = "Linux x86_64" ] && [ -n "$constraints" ] &&
   echo "$want" >"$compilers/installed"
 fi
 
+# Apache Beam, apart as well: it refuses the PyArrow and protobuf that we pin.
+beam=.venv/beam
+pins=$(cksum <constraints/beam.txt)
+if [ -n "$constraints" ] &&
+  [ "$(cat "$beam/installed" 2>/dev/null)" != "$pins" ]; then
+  echo "installing Apache Beam into $beam"
+  rm -rf "$beam"
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    --no-deps --target "$beam" --requirement constraints/beam.txt ||
+    fail "pip could not install Apache Beam"
+  echo "$pins" >"$beam/installed"
+fi
+
 export XLA_PYTHON_CLIENT_PREALLOCATE=false # workers share a GPU
 exec .venv/bin/python -m pytest -n auto --dist worksteal "$@"

@@ -9,7 +9,7 @@ schema: tensorflow-datasets would import the module that features.json names.
 import contextlib
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -71,6 +71,63 @@ def write(
   return {name: writer.samples for name, writer in writers.items()}
 
 
+def file_samples(schema: Schema, block_samples: int) -> int:
+  """Counts the samples of each file of a split but the last."""
+  shapes = [shape[1:] for shape, _ in features(schema).values()]
+  block_bytes = 4 * block_samples * sum(np.prod(s, dtype=int) for s in shapes)
+  return block_samples * max(1, _FILE_BYTES // block_bytes)
+
+
+def write_file(
+  parts: Iterable[dict[str, np.ndarray]],
+  schema: Schema,
+  block_samples: int,
+  directory: str,
+  of: tuple[str, int],
+) -> tuple[int, int]:
+  """Writes one of the files that `write` would.
+
+  Args:
+    parts: the samples of the file; see `file_samples`.
+    schema: of the samples.
+    block_samples: of a block.
+    directory: where the file is written.
+    of: its split, and its number in there.
+
+  Returns:
+    Its blocks, and their bytes.
+  """
+  info = _info(schema, directory)
+  writer = _SplitWriter(info, schema, of[0], block_samples, first_file=of[1])
+  for part in parts:
+    writer.add(part)
+  writer.close()
+  return sum(writer.lengths), writer.bytes
+
+
+def describe(
+  schema: Schema,
+  directory: str,
+  written: Mapping[str, Sequence[tuple[int, int]]],
+) -> None:
+  """Completes a directory of files that `write_file` wrote.
+
+  Args:
+    schema: of the samples.
+    directory: of the files.
+    written: what that returned for each file of each split.
+  """
+  info = _info(schema, directory)
+  splits = []
+  for name, of in written.items():
+    writer = _SplitWriter(info, schema, name, 1)
+    writer.lengths = [blocks for blocks, _ in of]
+    writer.bytes = sum(size for _, size in of)
+    splits.append(writer.close())
+  info.set_splits(tfds.core.SplitDict(splits))
+  info.write_to_directory(directory)
+
+
 def _info(schema: Schema, directory: str) -> tfds.core.DatasetInfo:
   """What tensorflow-datasets has to know to read the blocks."""
   info = tfds.core.DatasetInfo(
@@ -110,15 +167,15 @@ class _SplitWriter:
     schema: Schema,
     split: str,
     block_samples: int,
+    first_file: int = 0,
   ):
     self.info, self.split, self.block_samples = info, split, block_samples
+    self.first_file = first_file
     self.arrays = features(schema)
     self.serializer = tfds.core.example_serializer.ExampleSerializer(
       info.features.get_serialized_info()
     )
-    shapes = [shape[1:] for shape, _ in self.arrays.values()]
-    block_bytes = 4 * block_samples * sum(np.prod(s, dtype=int) for s in shapes)
-    self.file_blocks = max(1, _FILE_BYTES // block_bytes)
+    self.file_blocks = file_samples(schema, block_samples) // block_samples
     self.template = tfds.core.ShardedFileTemplate(
       data_dir=info.data_dir,
       dataset_name=_NAME,
@@ -170,7 +227,7 @@ class _SplitWriter:
     if self.writer is None or self.lengths[-1] == self.file_blocks:
       self._close_file()
       path = self.template.sharded_filepath(
-        shard_index=len(self.lengths), num_shards=None
+        shard_index=self.first_file + len(self.lengths), num_shards=None
       )
       self.writer = ArrayRecordWriter(os.fspath(path), "group_size:1")
       self.lengths.append(0)

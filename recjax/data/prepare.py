@@ -16,13 +16,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import duckdb
 
 from recjax import config_check, files
 from recjax.config import Config, Data
 from recjax.data import (
+  beam_prepare,
   blocks,
   fit_numbers,
   log_files,
@@ -35,6 +36,7 @@ from recjax.data import (
   vocabulary,
 )
 from recjax.data.ahead import ahead
+from recjax.data.beam_prepare import Found
 from recjax.data.columns import Columns
 from recjax.data.made_from import MadeFrom
 from recjax.data.numbers import Fitted
@@ -45,15 +47,6 @@ from recjax.data.staging import Reader, Staged
 from recjax.errors import UserError
 
 Report = Callable[[str], None]
-
-
-class Found(NamedTuple):
-  """What preparing has found, besides the files."""
-
-  samples: dict[str, int]  # of 'train' and 'test'
-  numbers: tuple[Fitted, ...]
-  fingerprint: str  # of the vocabulary
-  counted: int  # samples that its counts are of
 
 
 def prepare(
@@ -165,7 +158,8 @@ def _run(
   Raises:
     UserError: damaged logs, or too few samples.
   """
-  found = _passes(data, reader, of, directory, report)
+  made = _passes if data.engine == "duckdb" else _on_beam
+  found = made(data, reader, of, directory, report)
   prepared.save(
     directory,
     reader.schema(data),
@@ -199,6 +193,31 @@ def _passes(
     samples = _pack(engine, chunks, directory, data.block_samples)
   _remove(spill)
   return Found(samples, chunks.numbers, fingerprint, counted)
+
+
+def _on_beam(
+  data: Data,
+  reader: Reader,
+  of: MadeFrom,
+  directory: str,
+  report: Report,
+) -> Found:
+  """Runs the passes on Apache Beam, in folders that all workers share."""
+  folder = os.path.join(directory, staging.FOLDER)
+  if of.before is not None and old_vocabulary.BEFORE in of.settings:
+    raise UserError(
+      "data.engine=beam does not add counts of another run: set it to duckdb,"
+      " or data.count_decay to 0"
+    )
+  key = of.settings | {"data.max_bad_rows": data.max_bad_rows}
+  done = os.path.join(folder, "beam.json")
+  if _read_json(done) != key:
+    _remove(directory)
+    os.makedirs(folder)
+    files.write(done, json.dumps(key))
+  data = _with_logs(data, reader, directory, report)
+  known = old_vocabulary.numbers_of(of.before, of.settings)
+  return beam_prepare.run(data, reader, directory, report, known)
 
 
 def _with_logs(

@@ -33,6 +33,8 @@ MAY_CHANGE = (
   "data.count_decay",  # prepare.py asks for it where it counts
   "data.max_bad_rows",
   "data.memory_mb",
+  "data.engine",
+  "data.beam_options",
   "data.route",
   "data.rows",  # of no data
   "data.predict",  # logs that a run does not train on

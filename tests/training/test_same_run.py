@@ -41,6 +41,8 @@ def test_every_field_may_change_or_is_refused():
     "data.count_decay",
     "data.max_bad_rows",
     "data.memory_mb",
+    "data.engine",
+    "data.beam_options",
     "data.route",
     "data.rows",
     "data.predict",
