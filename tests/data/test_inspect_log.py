@@ -56,7 +56,7 @@ LOGS = {
     ("click",),
     {
       "": "left out",
-      "timestamp": "left out",
+      "timestamp": "time",
       "item_id": "id",
       "position": "id",
       "propensity_score": "number, standard",

@@ -24,7 +24,7 @@ def scored(run):
     here = min(SAMPLES - i * dense.BATCH, dense.BATCH)
     batch["mask"] = np.ones(here, np.float32)
     part = {name: x[:here] for name, x in batch.items()}
-    part = batches_lib._padded(part, dense.BATCH)
+    part = batches_lib.padded(part, dense.BATCH)
     yield run.place(run.prepare(part, training=False))
 
 
