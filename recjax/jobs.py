@@ -226,19 +226,23 @@ def evaluate(
   but the plan's page is missing.
   """
   with errors.of_the_system(f"evaluating {workdir}"):
-    log = (
-      other_log.open_log(config, "evaluate") if config.data.evaluate else None
-    )
+    if config.data.evaluate:
+      return _evaluate_log(config, workdir, report)
     prepared, run, step = _restored(config, workdir, report)
-    if log is None:
-      test = inputs.scored_batches(run, prepared)
-      result = evaluate_run(run, test, prepared.samples["test"], report)
-      report(_summary(step, result, prepared))
-    else:
-      parts = other_log.read(prepared, log, config.data, report)
-      scored = score_log.score(run, prepared, parts, report)
-      result = score_log.evaluate(scored, f"data.evaluate at step {step}")
-      report(_shown(f"metrics of data.evaluate at step {step}:", result))
+    test = inputs.scored_batches(run, prepared)
+    result = evaluate_run(run, test, prepared.samples["test"], report)
+    report(_summary(step, result, prepared))
+  return result
+
+
+def _evaluate_log(config, workdir, report) -> dict[str, float]:
+  """Evaluates on the log that data.evaluate names."""
+  log = other_log.open_log(config, "evaluate")
+  prepared, run, step = _restored(config, workdir, report)
+  parts = other_log.read(prepared, log, config.data, report)
+  scored = score_log.score(run, prepared, parts, report)
+  result = score_log.evaluate(scored, f"data.evaluate at step {step}")
+  report(_shown(f"metrics of data.evaluate at step {step}:", result))
   return result
 
 
@@ -286,14 +290,14 @@ def predict(
 
 def _restored(config, workdir, report) -> tuple[Prepared, Run, int]:
   """Returns the data set, a run with a checkpoint's state, and its step."""
-  prepared, run, _ = _begin(config, workdir, report, serving=True)
   directory, step = workdir / "checkpoints", config.checkpoint.step
   if step < 0:
-    step = checkpoint.newest(directory)
+    step = checkpoint.newest(directory)  # before all work
     if step is None:
       raise UserError(
         f"--workdir: {directory} holds no checkpoint to evaluate; train first"
       )
+  prepared, run, _ = _begin(config, workdir, report, serving=True)
   run, _ = train_lib.restore(run, prepared, directory, step, report)
   return prepared, run, step
 

@@ -158,7 +158,7 @@ def test_a_log_without_labels_is_predicted_but_not_evaluated(trained, tmp_path):
   table = rows(1, 700)
   for row in table[:350]:
     row[6] = "nobody"
-  bare = [0, *range(3, len(HEADER))]
+  bare = [0, *range(4, len(HEADER))]  # neither labels nor weights
   log = write(
     tmp_path / "new.csv",
     [[row[i] for i in bare] for row in table],
@@ -172,8 +172,20 @@ def test_a_log_without_labels_is_predicted_but_not_evaluated(trained, tmp_path):
   assert found == {}
   assert len(pa.csv.read_csv(output)) == 700
   assert any("user 5" in line for line in said)  # 50% and the seldom ones
-  with pytest.raises(UserError, match=r"no column 'click'"):
+  with pytest.raises(UserError, match=r"data\.evaluate at step .* no label"):
     jobs.evaluate(changed(config, evaluate=log), workdir, quiet)
+
+
+def test_a_label_that_is_missing_loses_no_row(trained, tmp_path):
+  config, workdir, _ = trained
+  table = rows(1, 300)
+  for row in table[::3]:
+    row[1] = ""
+  log, output = write(tmp_path / "new.csv", table), tmp_path / "p.parquet"
+  found = jobs.predict(
+    changed(config, predict=log), workdir, quiet, output=output
+  )
+  assert found["samples"] == 200 and len(pq.read_table(output)) == 300
 
 
 def test_columns_that_are_renamed_are_named_once(trained, tmp_path):

@@ -338,7 +338,7 @@ def times(name: str, cells: pa.Array) -> tuple[np.ndarray, tuple[Fault, ...]]:
 
 
 def labels(
-  name: str, cells: pa.Array, threshold=None
+  name: str, cells: pa.Array, threshold=None, *, may_be_missing: bool = False
 ) -> tuple[np.ndarray, tuple[Fault, ...]]:
   """Returns labels, [k] float32 from 0 to 1; -1 counts as 0.
 
@@ -348,6 +348,7 @@ def labels(
     name: of the column.
     cells: its numbers.
     threshold: makes 0 or 1 of numbers, where they are no labels yet.
+    may_be_missing: then one is nan.
 
   Raises:
     UserError: the column is of a type that has no numbers.
@@ -359,7 +360,9 @@ def labels(
   if threshold is not None:
     found = np.where(missing, 0, threshold(found))
   found = np.where(found == -1, 0, found)
-  bad |= missing | ~((found >= 0) & (found <= 1))
+  bad |= ~((found >= 0) & (found <= 1)) | missing
+  if may_be_missing:
+    found, bad = np.where(missing, np.nan, found), bad & ~missing
   if bad.any():
     why = "is no label: 0, 1, -1, a probability, or a number and a threshold"
     return found.astype(np.float32), (_fault(name, cells, bad, why),)

@@ -71,7 +71,7 @@ def chunks(
   paths: tuple[str, ...],
   damaged: DamagedLines,
   *,
-  predicting: bool = False,
+  keep: tuple[str, ...] | None = None,
 ) -> Iterator[Chunk]:
   """Reads the samples of Criteo-format files, in the order of the lines.
 
@@ -83,7 +83,8 @@ def chunks(
     inputs: see `schema`.
     paths: of the files, plain or .gz.
     damaged: takes damaged lines.
-    predicting: a file may have no labels, and 39 fields; they are nan then.
+    keep: None = samples to train on. Else to score: a file may have no
+      labels, and 39 fields; they are nan then. There are no columns to keep.
 
   Raises:
     UserError: a file that cannot be read; more damaged lines than allowed.
@@ -96,7 +97,7 @@ def chunks(
   labelled = Columns({"label": "int"} | kinds, convert, _explain)
   sizes = [os.path.getsize(path) for path in paths]
   for i, path in enumerate(paths):
-    none = predicting and _fields(path) == len(kinds)
+    none = keep is not None and _fields(path) == len(kinds)
     columns = unlabelled if none else labelled
     for found, read in parse(path, columns, damaged):
       yield Chunk(**found, read=(sum(sizes[:i]) + read) / sum(sizes))

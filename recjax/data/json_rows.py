@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from recjax.config import Text
 from recjax.data import lines
-from recjax.data.rows import Rows, check_wanted
+from recjax.data.rows import Rows, check_wanted, without
 from recjax.data.text import DamagedLines, shown
 from recjax.data.text_blocks import head
 from recjax.data.vocabulary import open_engine
@@ -196,12 +196,7 @@ def _parsed(
     columns[name] = _either(columns[name], cell) if name in columns else cell
   for i in sorted(bad):
     damaged.add(path, int(at[i]), *bad[i])
-  table = pa.table(columns)
-  if bad:
-    keep = np.ones(len(at), bool)
-    keep[list(bad)] = False
-    table, at = table.filter(pa.array(keep)), at[keep]
-  return table, at
+  return without(pa.table(columns), at, bad)
 
 
 def _query(

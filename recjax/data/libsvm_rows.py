@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from recjax.config import Text
 from recjax.data import lines
-from recjax.data.rows import Rows, check_wanted, is_number
+from recjax.data.rows import Rows, check_wanted, is_number, without
 from recjax.data.text import DamagedLines, shown
 from recjax.data.text_blocks import head
 from recjax.errors import UserError
@@ -124,8 +124,4 @@ def _parsed(
       "values": pa.ListArray.from_arrays(pa.array(starts), value),
     }
   )
-  if bad:
-    keep = np.ones(len(at), bool)
-    keep[list(bad)] = False
-    table, at = table.filter(pa.array(keep)), at[keep]
-  return table, at
+  return without(table, at, bad)

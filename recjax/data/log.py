@@ -42,9 +42,6 @@ class Log:
 
   columns: log_schema.Schema
   format: Format
-  # To predict: labels may be missing, and are nan then; chunks bring the
-  # columns that predictions repeat.
-  predicting: bool = False
 
   def schema(self, data: Data) -> Schema:
     """Returns the inputs of a sample; UserError where the columns are none."""
@@ -64,43 +61,59 @@ class Log:
     inputs: Schema,
     paths: tuple[str, ...],
     damaged: DamagedLines,
+    *,
+    keep: tuple[str, ...] | None = None,
   ) -> Iterator[Chunk]:
     """Reads the samples of files, in order; numbers as they are.
+
+    Args:
+      data: the config.
+      inputs: see `schema`.
+      paths: of the files.
+      damaged: takes damaged rows.
+      keep: None = samples to train on. Else to score: labels may be missing,
+        and are nan then, there is no need of weights and times, and chunks
+        bring these columns.
 
     Raises:
       UserError: a file that cannot be read; more damaged rows than allowed.
     """
     sizes = [os.path.getsize(path) for path in paths]
     for i, path in enumerate(paths):
-      wanted = self._wanted(path, data.text)
+      wanted = self._wanted(path, data.text, keep)
       for rows in self.format.read(path, wanted, data.text, damaged):
-        chunk = self._chunk(inputs, path, rows, damaged)
+        chunk = self._chunk(inputs, path, rows, damaged, keep=keep)
         if chunk is not None:
           read = (sum(sizes[:i]) + min(rows.read, sizes[i])) / sum(sizes)
           yield dataclasses.replace(chunk, read=read)
 
-  def _wanted(self, path: str, options: Text) -> dict[str, str]:
+  def _wanted(
+    self, path: str, options: Text, keep: tuple[str, ...] | None
+  ) -> dict[str, str]:
     """Returns what the reader is to give of a file."""
-    of = self.columns
-    wanted = _wanted(of, of.keep if self.predicting else ())
-    if of.time and not self.predicting:
-      wanted[of.time] = "number" if of.time not in wanted else "text"
-    if self.predicting and self.format.names is not None:
-      there = self.format.names(path, options)
-      labels = {log_schema.label_of(x)[0] for x in self.columns.labels}
-      return {n: k for n, k in wanted.items() if n in there or n not in labels}
-    return wanted
+    wanted = _wanted(self.columns, keep)
+    if keep is None or self.format.names is None:
+      return wanted
+    there = self.format.names(path, options)
+    labels = {log_schema.label_of(x)[0] for x in self.columns.labels}
+    return {n: k for n, k in wanted.items() if n in there or n not in labels}
 
   def _chunk(
-    self, inputs: Schema, path: str, rows: Rows, damaged: DamagedLines
+    self,
+    inputs: Schema,
+    path: str,
+    rows: Rows,
+    damaged: DamagedLines,
+    *,
+    keep: tuple[str, ...] | None,
   ) -> Chunk | None:
     """Makes samples of rows; the damaged ones are left out."""
     table, at = rows.table, rows.at
-    found, faults = _converted(self, inputs, table)
+    found, faults = _converted(self.columns, inputs, table, keep)
     while faults:  # that of a row may hide another's
       good = ~_report(path, at, faults, damaged)
       table, at = table.filter(pa.array(good)), at[good]
-      found, faults = _converted(self, inputs, table)
+      found, faults = _converted(self.columns, inputs, table, keep)
     return found if len(at) else None
 
 
@@ -122,9 +135,12 @@ def _report(
 
 
 def _wanted(
-  columns: log_schema.Schema, keep: tuple[str, ...]
+  columns: log_schema.Schema, keep: tuple[str, ...] | None
 ) -> dict[str, str]:
-  """Returns what a reader is to give: {column: 'number', 'id' or 'text'}."""
+  """Returns what a reader is to give: {column: 'number', 'id' or 'text'}.
+
+  keep: see `Log.chunks`.
+  """
   found: dict[str, str] = {}
 
   def want(name: str, kind: str) -> None:
@@ -144,9 +160,10 @@ def _wanted(
         want(f.weights, "text")
     else:
       want(f.name, "id")
-  if columns.weight:
-    want(columns.weight, "number")
-  for name in keep:
+  for name in (columns.weight, columns.time) if keep is None else ():
+    if name:
+      want(name, "number")
+  for name in keep or ():
     want(name, "text")
   return found
 
@@ -155,18 +172,26 @@ def _wanted(
 
 
 def _converted(
-  log: Log, inputs: Schema, table: pa.Table
-) -> tuple[Chunk, list[Fault]]:
-  """Returns the samples of rows, and the cells that none can have."""
+  schema: log_schema.Schema,
+  inputs: Schema,
+  table: pa.Table,
+  keep: tuple[str, ...] | None,
+) -> tuple[Chunk | None, list[Fault]]:
+  """Returns the samples of rows, or the cells that none can have.
+
+  keep: see `Log.chunks`.
+  """
   columns = {name: cells.flat(table[name]) for name in table.column_names}
-  schema, faults = log.columns, []
+  training, faults = keep is None, []
   of_labels = []
   for label in schema.labels:
     name, threshold = log_schema.label_of(label)
-    if log.predicting and name not in columns:
-      of_labels.append(np.full(len(table), np.nan, np.float32))
-      continue
-    found, wrong = cells.labels(name, columns[name], threshold)
+    column = columns.get(name)
+    if column is None and not training:
+      column = pa.nulls(len(table))
+    found, wrong = cells.labels(
+      name, column, threshold, may_be_missing=not training
+    )
     of_labels.append(found)
     faults += wrong
   of_numbers = []
@@ -175,11 +200,11 @@ def _converted(
     of_numbers.append(found)
     faults += wrong
   weight = None
-  if schema.weight:
+  if schema.weight and training:
     weight, wrong = cells.sample_weights(schema.weight, columns[schema.weight])
     faults += wrong
   time = None
-  if schema.time and not log.predicting:
+  if schema.time and training:
     time, wrong = cells.times(schema.time, columns[schema.time])
     faults += wrong
   ids, weights, wrong = _ids(schema, columns)
@@ -197,7 +222,7 @@ def _converted(
       labels=labels,
       sample_weight=weight,
       time=time,
-      keep=table.select(schema.keep) if log.predicting else None,
+      keep=None if training else table.select(keep),
       **encode(inputs, ids, weights, last),
     ),
     [],

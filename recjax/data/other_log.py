@@ -8,14 +8,17 @@ of vocabulary.
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from recjax.config import Config, Data
-from recjax.data import blocks, log_files, numbers, staging, vocabulary
+from recjax.data import log_files, numbers, staging, vocabulary
+from recjax.data.ahead import ahead
 from recjax.data.chunks import Chunk
+from recjax.data.log import Log
 from recjax.data.prepared import Prepared
 from recjax.data.staging import Reader
 from recjax.data.text import DamagedLines
@@ -34,11 +37,12 @@ class Part(NamedTuple):
   read: float  # share of the log's bytes so far
 
 
-class Log(NamedTuple):
+class OtherLog(NamedTuple):
   """A log to score."""
 
-  reader: Reader
+  reader: ModuleType | Log
   paths: tuple[str, ...]
+  keep: tuple[str, ...]  # columns that predictions repeat
 
   def stamps(self) -> list[list[Any]]:
     """Returns name, size and time of change of its files."""
@@ -46,25 +50,26 @@ class Log(NamedTuple):
     return [[path, s.st_size, s.st_mtime_ns] for path, s in stats]
 
 
-def open_log(config: Config, field: str) -> Log:
+def open_log(config: Config, field: str) -> OtherLog:
   """Finds the log that data.predict or data.evaluate names.
 
   Raises:
     UserError: there is none, or the format has no such logs.
   """
-  data, predicting = config.data, field == "predict"
+  data = config.data
   if data.format == "movielens":
     raise UserError(
       f"data.{field}: data.format=movielens has one log; a log of the other "
       "formats can be scored with what was trained on another"
     )
   paths = log_files.find(getattr(data, field), f"data.{field}")
-  return Log(staging.reader_of(config, predicting), paths)
+  keep = config.schema.keep if field == "predict" else ()
+  return OtherLog(staging.reader_of(config), paths, keep)
 
 
 def read(
   prepared: Prepared,
-  log: Log,
+  log: OtherLog,
   data: Data,
   report: Callable[[str], None],
 ) -> Iterator[Part]:
@@ -72,7 +77,7 @@ def read(
 
   Args:
     prepared: whose vocabulary and normalisers say what a model gets.
-    log: of the same columns; the label may be missing where it is to predict.
+    log: of the same columns; its labels may be missing.
     data: the config; `max_bad_rows` may be skipped.
     report: takes a line about damaged ones.
 
@@ -86,7 +91,10 @@ def read(
     with vocabulary.open_engine(data.memory_mb, spill) as engine:
       known = vocabulary.Known(engine, schema.tables, path)
       waiting: list[Chunk] = []
-      for chunk in log.reader.chunks(data, schema, log.paths, damaged):
+      chunks = log.reader.chunks(
+        data, schema, log.paths, damaged, keep=log.keep
+      )
+      for chunk in ahead(chunks):
         waiting.append(chunk)
         if sum(len(c.label) for c in waiting) >= _ROWS:
           yield _part(prepared, known, waiting)
@@ -155,9 +163,11 @@ def _joined(tables: list[pa.Table]) -> pa.Table:
 def _sample_arrays(
   prepared: Prepared, arrays: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-  """Returns the arrays of a batch, [k, ...]."""
-  wanted = {"dense": 0} | blocks.features(prepared.schema)
+  """Returns the arrays that the forward pass takes, [k, ...], and the label."""
+  dense = arrays["dense"]
   if prepared.numbers:
-    dense = numbers.normalised(prepared.numbers, arrays["dense"])
-    arrays = arrays | {"dense": dense}
-  return {name: arrays[name] for name in wanted}
+    dense = numbers.normalised(prepared.numbers, dense)
+  found = {"label": arrays["label"], "dense": dense, "ids": arrays["ids"]}
+  if prepared.schema.weighted:
+    found["weights"] = arrays["weights"]
+  return found

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from recjax import errors
 from recjax.config import Text
-from recjax.data.rows import Rows, check_file, check_wanted
+from recjax.data.rows import Rows, check_file, check_wanted, without
 from recjax.data.text import DamagedLines, shown
 from recjax.data.text_blocks import CHUNK_BYTES
 from recjax.errors import UserError
@@ -229,12 +229,7 @@ def _checked(
         bad.setdefault(i, name)
   for i in sorted(bad):
     damaged.add(path, int(at[i]), bad[i], "is not UTF-8")
-  table = pa.table(columns)
-  if bad:
-    keep = np.ones(len(at), bool)
-    keep[list(bad)] = False
-    table, at = table.filter(pa.array(keep)), at[keep]
-  return table, at
+  return without(pa.table(columns), at, bad)
 
 
 def _valid(column: pa.Array) -> bool:

@@ -27,6 +27,17 @@ class Rows(NamedTuple):
   read: int  # bytes of the file read so far (Parquet: about)
 
 
+def without(
+  table: pa.Table, at: np.ndarray, bad: Collection[int]
+) -> tuple[pa.Table, np.ndarray]:
+  """Returns rows and their numbers without the bad ones, [k] each."""
+  if not bad:
+    return table, at
+  keep = np.ones(len(at), bool)
+  keep[list(bad)] = False
+  return table.filter(pa.array(keep)), at[keep]
+
+
 def check_wanted(
   path: str,
   wanted: Collection[str],

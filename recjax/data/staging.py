@@ -4,10 +4,9 @@ A staged chunk is two files: numbers (.npz) and distinct values (.arrow).
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +32,7 @@ from recjax.schema import Schema
 FOLDER = "stage"  # of the data set that is being prepared
 
 # What reads logs: it has `schema`, `sources` and `chunks`.
-Reader = ModuleType | SimpleNamespace | Columns | Log
+Reader = ModuleType | Columns | Log
 # config.Data.format -> what reads it: a module, or the format of a log whose
 # columns the config's schema names.
 _READERS: dict[str, ModuleType | Format] = {
@@ -51,23 +50,10 @@ _READERS: dict[str, ModuleType | Format] = {
 }
 
 
-def reader_of(config: Config, predicting: bool = False) -> Reader:
-  """Returns what reads the logs of a config.
-
-  Args:
-    config: whose `data.format` it is; its schema where the format has none.
-    predicting: see `Log`.
-  """
+def reader_of(config: Config) -> ModuleType | Log:
+  """Returns what reads a config's logs, by its schema where it needs one."""
   found = _READERS[config.data.format]
-  if isinstance(found, Format):
-    return Log(config.schema, found, predicting)
-  if found is criteo and predicting:
-    return SimpleNamespace(
-      schema=criteo.schema,
-      sources=criteo.sources,
-      chunks=functools.partial(criteo.chunks, predicting=True),
-    )
-  return found
+  return Log(config.schema, found) if isinstance(found, Format) else found
 
 
 def register_format(name: str, format: Format) -> None:

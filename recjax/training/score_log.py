@@ -140,8 +140,8 @@ def evaluate(scored: Iterable[Scored], where: str) -> dict[str, float]:
   for part in scored:
     if np.isnan(part.labels).any():
       raise UserError(
-        f"{where}: a sample has no label; predict without, or evaluate a log "
-        "that has them"
+        f"{where}: a sample has no label, or the log no column of labels: "
+        "evaluate one that has them, or use --mode=predict"
       )
     total.add(part.logits, part.labels)
   return total.result()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from recjax.config import Data
 from recjax.data import criteo
+from recjax.data.text import DamagedLines
 from recjax.errors import UserError
 
 cell = st.text(
@@ -76,3 +77,20 @@ def test_bags_and_weights(tmp_path):
 def test_hotness_must_fit():
   with pytest.raises(UserError, match=r"data\.hotness .* 26 numbers"):
     criteo.schema(Data(hotness=(1, 2)))
+
+
+def test_a_log_to_score_needs_no_labels(tmp_path):
+  path = tmp_path / "x.tsv"
+  path.write_bytes(b"".join(line[2:] for line in [GOOD] * 3))
+  data = Data()
+  inputs = criteo.schema(data)
+  scored = lambda keep: list(
+    criteo.chunks(data, inputs, (str(path),), DamagedLines(0), keep=keep)
+  )
+  (chunk,) = scored(())
+  assert np.isnan(chunk.label).all() and len(chunk.label) == 3
+  assert chunk.values.to_pylist()[:2] == ["c0", None]
+  with pytest.raises(UserError, match="39 fields where 40 are expected"):
+    scored(None)
+  path.write_bytes(GOOD)
+  assert scored(())[0].label.tolist() == [1]
